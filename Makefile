@@ -1,0 +1,59 @@
+# Every target does its own set-up. Variables: PYTHON, the interpreter that makes the
+# environment, and VENV, where it is made: `make test PYTHON=python3.13 VENV=.venv-3.13`.
+
+VENV ?= .venv
+PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$python -c 'import ensurepip, sys; sys.exit(sys.version_info < (3, 11))' \
+		2>/dev/null && echo $$python && break; done)
+STAMP := $(VENV)/.installed
+PYTEST := $(VENV)/bin/python -m pytest
+
+# Answers computed by Meta's code; the cases that need them are left out without them.
+LLAMA_REFERENCE ?= ../shared/reference
+ifneq ($(wildcard $(LLAMA_REFERENCE)/.),)
+export LLAMA_REFERENCE := $(abspath $(LLAMA_REFERENCE))
+endif
+
+.PHONY: help setup demo test check slow plan docs
+.DEFAULT_GOAL := help
+
+help:  ## Show this list.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-6s %s\n", $$1, $$2}' Makefile
+
+setup: $(STAMP)  ## Make the environment: .venv, with everything installed.
+
+$(STAMP): pyproject.toml
+	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or newer with venv was found:' \
+		'install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
+	@echo 'Installing into $(VENV) with $(PYTHON); the first time takes some minutes.'
+	@$(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -e '.[dev,demo]'
+	@touch $@
+
+demo: $(STAMP)  ## Train a small Llama 2 on English text, then let it write.
+	@$(VENV)/bin/python -m scripts.demo
+
+test: $(STAMP)  ## Run all tests but the slow ones, in under ten minutes.
+	@$(PYTEST) -n 2
+
+check: $(STAMP)  ## Check format, lint, types and the direction of imports.
+	@$(VENV)/bin/ruff format --check --quiet . || { \
+		echo 'Not formatted: run $(VENV)/bin/ruff format .' >&2; exit 1; }
+	@$(VENV)/bin/ruff check --quiet .
+	@$(VENV)/bin/pyrefly check --python-interpreter-path $(VENV)/bin/python
+	@$(VENV)/bin/lint-imports
+
+docs: $(STAMP)  ## Check that links lead somewhere and that the paper map is true.
+	@$(VENV)/bin/python docs/check.py
+
+# Run the tests that have a marker; pytest says 5 if there are none.
+define run_marked
+	@$(PYTEST) -m '$(1)' || { code=$$?; test $$code -eq 5 \
+		&& echo 'No test with the marker $(firstword $(1)) is here to run.' || exit $$code; }
+endef
+
+slow: $(STAMP)  ## Run the tests that take longer than 5 seconds each.
+	$(call run_marked,slow and not (torch or plan or network))
+
+plan: $(STAMP)  ## Compile every recipe for its pod (needs the extra [tpu]).
+	$(call run_marked,plan)

@@ -1,0 +1,46 @@
+"""Llama 2 (arXiv 2307.09288) in JAX and Flax, for TPU pods.
+
+Importing this package imports nothing heavy: names and submodules load when used.
+"""
+
+import difflib
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from llama_jax.config.sampling import Greedy, MinP, TopK, TopP
+    from llama_jax.llm import load
+    from llama_jax.text.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = ["Greedy", "MinP", "Tokenizer", "TopK", "TopP", "load"]
+
+# The module that each name of the public surface comes from.
+_HOMES = {
+    "Greedy": "llama_jax.config.sampling",
+    "MinP": "llama_jax.config.sampling",
+    "Tokenizer": "llama_jax.text.tokenizer",
+    "TopK": "llama_jax.config.sampling",
+    "TopP": "llama_jax.config.sampling",
+    "load": "llama_jax.llm",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _submodules():
+        return importlib.import_module(f"{__name__}.{name}")
+    near = difflib.get_close_matches(name, __dir__(), n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_submodules()})
+
+
+def _submodules() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)}
