@@ -1,0 +1,217 @@
+"""A recipe: one frozen object that says all of a run; and where recipes come from."""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from llama_jax.config.data import DataConfig
+from llama_jax.config.model import LlamaConfig
+from llama_jax.config.train import OptimizerConfig, TrainConfig
+from llama_jax.errors import ConfigError, LlamaError, RecipeError
+from sharding import MeshConfig, ShardingError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainRecipe:
+    """Pretraining from scratch, or going on from converted weights.
+
+    Attributes:
+      model: the architecture.
+      data: what is read.
+      optimizer: AdamW and its schedule.
+      train: the run.
+      mesh: devices per axis.
+      sequence_parallel: split the residual stream over `tensor`, see
+        `sharding.training_rules`.
+      topology: the slice that the mesh is made for, as "v5p:4x4x4"; "" for any.
+
+    Raises:
+      ConfigError: sequences longer than the model, or a vocabulary too small.
+    """
+
+    model: LlamaConfig
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    mesh: MeshConfig
+    sequence_parallel: bool
+    topology: str
+
+    def __post_init__(self) -> None:
+        if self.data.sequence_length > self.model.max_length:
+            raise ConfigError(
+                f"data.sequence_length {self.data.sequence_length} exceeds "
+                f"model.max_length {self.model.max_length}: shorten the one or raise "
+                "the other."
+            )
+        self._topology_sizes()
+
+    @property
+    def num_devices(self) -> int | None:
+        """Chips of the topology; None if the recipe is for any."""
+        sizes = self._topology_sizes()
+        return math.prod(sizes) * self.mesh.num_slices if sizes else None
+
+    def _topology_sizes(self) -> list[int]:
+        if not self.topology:
+            return []
+        sizes = re.fullmatch(r"v\d\w*:(\d+(?:x\d+){1,2})", self.topology)
+        if sizes is None:
+            raise ConfigError(
+                f"topology is {self.topology!r}: write a chip and its torus, as "
+                "v5p:4x4x8 or v5e:16x16."
+            )
+        return [int(size) for size in sizes[1].split("x")]
+
+
+def paper_optimizer(*, peak_lr: float, warmup_steps: int = 2000) -> OptimizerConfig:
+    """The paper's AdamW (section 2.2) with the rates that change from size to size."""
+    return OptimizerConfig(
+        peak_lr=peak_lr,
+        final_lr_fraction=0.1,
+        warmup_steps=warmup_steps,
+        beta1=0.9,
+        beta2=0.95,
+        eps=1e-5,
+        weight_decay=0.1,
+        clip_norm=1.0,
+    )
+
+
+def paper_pretraining(
+    model: LlamaConfig,
+    *,
+    peak_lr: float,
+    topology: str,
+    mesh: MeshConfig,
+    accumulate: int,
+) -> PretrainRecipe:
+    """The paper's pretraining of one size: 2T tokens, 4M of them a step (Table 1).
+
+    What the paper leaves open is set as usual: 1024 rows of 4096, bfloat16 arithmetic
+    over float32 parameters, no masks between the documents of a row.
+
+    Args:
+      model: the architecture.
+      peak_lr: 3e-4 for 7B and 13B, 1.5e-4 for 34B and 70B.
+      topology: the slice.
+      mesh: its devices per axis.
+      accumulate: parts of a batch that are worked off one after the other.
+    """
+    rows, length = 1024, 4096
+    return PretrainRecipe(
+        model=model,
+        data=DataConfig(paths=("data/pretrain",), sequence_length=length, seed=0),
+        optimizer=paper_optimizer(peak_lr=peak_lr),
+        train=TrainConfig(
+            num_steps=math.ceil(2e12 / (rows * length)),
+            batch_size=rows,
+            accumulate=accumulate,
+            compute_dtype="bfloat16",
+            remat="full",
+            seed=0,
+            validate_every=1000,
+            checkpoint_every=1000,
+            keep_latest=3,
+            keep_period=50_000,
+            on_bad_step="stop",
+        ),
+        mesh=mesh,
+        sequence_parallel=False,
+        topology=topology,
+    )
+
+
+def load_recipe(place: str) -> PretrainRecipe:
+    """The recipe that `FILE.py:FUNCTION` returns.
+
+    Raises:
+      RecipeError: no such file or function, or the function returns something else.
+    """
+    path, _, name = place.rpartition(":")
+    if not path:
+        raise RecipeError(
+            f"{place!r} names no recipe: write FILE.py:FUNCTION, as in "
+            "configs/pretrain/llama2_7b.py:v5p_128."
+        )
+    module = _run_file(Path(path))
+    functions = _recipe_functions(module)
+    if name not in functions:
+        near = difflib.get_close_matches(name, functions, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"{path} has no recipe {name!r}.{hint} It has {', '.join(functions)}."
+        )
+    recipe = functions[name]()
+    if not isinstance(recipe, PretrainRecipe):
+        raise RecipeError(
+            f"{place} returned {type(recipe).__name__}, not a PretrainRecipe."
+        )
+    return recipe
+
+
+def recipe_names(path: Path) -> list[str]:
+    """The recipes that a file offers, in the order they are written."""
+    return list(_recipe_functions(_run_file(path)))
+
+
+def to_json(recipe: PretrainRecipe) -> dict[str, Any]:
+    """The resolved recipe, for keeping beside checkpoints."""
+    return dataclasses.asdict(recipe)
+
+
+def differences(saved: Mapping[str, Any], recipe: PretrainRecipe) -> dict[str, str]:
+    """What a recipe changes of a saved one, as {"model.dim": "64, now 32"}."""
+    before, now = _flat(saved), _flat(to_json(recipe))
+    return {
+        field: f"{before.get(field, 'absent')}, now {now.get(field, 'absent')}"
+        for field in sorted(before.keys() | now.keys())
+        if before.get(field) != now.get(field)
+    }
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:  # as JSON has it: a tuple and a list are one thing
+            flat[prefix + key] = json.loads(json.dumps(value))
+    return flat
+
+
+def _run_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise RecipeError(f"the recipe file {path} does not exist; check the path.")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise RecipeError(f"{path} is not a Python file: recipes are Python functions.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except (LlamaError, ShardingError):
+        raise
+    except Exception as error:
+        raise RecipeError(
+            f"{path} cannot be run: {type(error).__name__}: {error}."
+        ) from error
+    return module
+
+
+def _recipe_functions(module: ModuleType) -> dict[str, Callable[[], Any]]:
+    """Public functions written in this very file."""
+    return {
+        name: value
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }

@@ -1,0 +1,129 @@
+"""How a model is optimised, and how the run is kept."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+from llama_jax.errors import ConfigError
+
+ComputeType = Literal["float32", "bfloat16"]
+RematName = Literal["none", "projections", "attention", "full"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW under a cosine schedule (paper, section 2.2).
+
+    Attributes:
+      peak_lr: learning rate at the end of the warm-up.
+      final_lr_fraction: of the peak, at the last step; the paper's is 0.1.
+      warmup_steps: steps of linear growth from 0; the paper's are 2,000.
+      beta1: decay of the mean of gradients.
+      beta2: decay of the mean of their squares.
+      eps: added to the root of that, outside it.
+      weight_decay: pulled off every matrix, times the learning rate; never off norms.
+      clip_norm: the global gradient norm above which all gradients are scaled down.
+
+    Raises:
+      ConfigError: a value outside its range.
+    """
+
+    peak_lr: float
+    final_lr_fraction: float
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    clip_norm: float
+
+    def __post_init__(self) -> None:
+        for name in ("peak_lr", "eps", "clip_norm"):
+            _require(self, name, lambda v: v > 0, "positive")
+        for name in ("beta1", "beta2"):
+            _require(self, name, lambda v: 0 <= v < 1, "at least 0 and below 1")
+        _require(self, "final_lr_fraction", lambda v: 0 <= v <= 1, "from 0 to 1")
+        for name in ("warmup_steps", "weight_decay"):
+            _require(self, name, lambda v: v >= 0, "0 or more")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The run: its length, its batches, its arithmetic and its checkpoints.
+
+    Attributes:
+      num_steps: optimizer steps, all in all; the schedule's length.
+      batch_size: rows per step over all hosts.
+      accumulate: parts of the batch that are worked off one after the other, to save
+        memory; the result is that of the whole batch.
+      compute_dtype: what the arithmetic is done in; parameters, optimizer and loss
+        are float32 in any case.
+      remat: what the backward pass finds saved; see `model.depth.run`.
+      seed: of the initial parameters.
+      validate_every: steps between passes over the validation split.
+      checkpoint_every: steps between checkpoints.
+      keep_latest: how many of the newest checkpoints stay.
+      keep_period: checkpoints at multiples of this step stay for ever; 0 for none.
+      on_bad_step: what happens when loss or gradient are not finite, or the gradient
+        norm exceeds `spike_norm`: "stop" the run, or "skip" the update and count it.
+        A bad update is never applied.
+      spike_norm: gradient norm that counts as bad; None for any.
+      on_damaged_checkpoint: when the newest cannot be read: "stop", or "fall_back" to
+        the one before and say so.
+
+    Raises:
+      ConfigError: a value outside its range, or a batch that does not split.
+    """
+
+    num_steps: int
+    batch_size: int
+    accumulate: int
+    compute_dtype: ComputeType
+    remat: RematName
+    seed: int
+    validate_every: int
+    checkpoint_every: int
+    keep_latest: int
+    keep_period: int
+    on_bad_step: Literal["stop", "skip"]
+    spike_norm: float | None = None
+    on_damaged_checkpoint: Literal["stop", "fall_back"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_steps",
+            "batch_size",
+            "accumulate",
+            "validate_every",
+            "checkpoint_every",
+            "keep_latest",
+        ):
+            _require(self, name, lambda v: v > 0, "positive")
+        _require(self, "spike_norm", lambda v: v is None or v > 0, "positive, or None")
+        for name in ("seed", "keep_period"):
+            _require(self, name, lambda v: v >= 0, "0 or more")
+        for name, choices in (
+            ("compute_dtype", get_args(ComputeType)),
+            ("remat", get_args(RematName)),
+            ("on_bad_step", ("stop", "skip")),
+            ("on_damaged_checkpoint", ("stop", "fall_back")),
+        ):
+            _require(
+                self, name, lambda v, c=choices: v in c, f"one of {', '.join(choices)}"
+            )
+        if self.batch_size % self.accumulate:
+            parts = [n for n in range(1, 65) if self.batch_size % n == 0]
+            raise ConfigError(
+                f"batch_size {self.batch_size} does not split into accumulate "
+                f"{self.accumulate} parts: choose accumulate from {parts}."
+            )
+
+
+def _require(
+    config: object, name: str, holds: Callable[[Any], bool], constraint: str
+) -> None:
+    value = getattr(config, name)
+    if not holds(value):
+        raise ConfigError(
+            f"{type(config).__name__}.{name} is {value!r}: it must be {constraint}."
+        )

@@ -1,0 +1,7 @@
+"""The model: `layers` the arithmetic, `transformer` the modules, `depth` the loop."""
+
+from llama_jax.model.cache import KVCache
+from llama_jax.model.count import num_params
+from llama_jax.model.transformer import Llama, param_axes
+
+__all__ = ["KVCache", "Llama", "num_params", "param_axes"]

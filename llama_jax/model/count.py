@@ -1,0 +1,45 @@
+"""Sizes by arithmetic: parameters, FLOPs, bytes; nothing is built."""
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model.transformer import Llama
+from sharding.axes import Tree
+
+
+def abstract_params(config: LlamaConfig) -> Tree:
+    """The tree of parameters as shapes and types (float32), without memory."""
+    tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
+    return shapes["params"]
+
+
+def num_params(config: LlamaConfig) -> int:
+    """All parameters: 2 V D + L (2 D² + 2 D K H + 3 D F + 2 D) + D."""
+    D, F, L = config.dim, config.hidden_dim, config.num_layers
+    kv_width = config.num_kv_heads * config.head_dim
+    block = 2 * D * D + 2 * D * kv_width + 3 * D * F + 2 * D
+    return 2 * config.vocab_size * D + L * block + D
+
+
+def num_matmul_params(config: LlamaConfig) -> int:
+    """Parameters that multiply: without the embedding table and the norms' scales."""
+    D, L = config.dim, config.num_layers
+    return num_params(config) - config.vocab_size * D - L * 2 * D - D
+
+
+def train_flops_per_token(config: LlamaConfig, sequence_length: int) -> float:
+    """Model FLOPs of one token's forward and backward pass.
+
+    6 per matrix parameter, and causal attention: 6 L D T, half of the full square
+    (arXiv 2204.02311, appendix B, with the causal half). Recomputation does not count.
+    """
+    attention = 6 * config.num_layers * config.dim * sequence_length
+    return 6 * num_matmul_params(config) + attention
+
+
+def cache_bytes_per_token(config: LlamaConfig, *, dtype: jnp.dtype) -> int:
+    """Bytes that one position of one row takes in the key/value cache."""
+    width = config.num_kv_heads * config.head_dim
+    return 2 * config.num_layers * width * jnp.dtype(dtype).itemsize

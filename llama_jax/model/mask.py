@@ -1,0 +1,54 @@
+"""Which key each query may see, described rather than drawn.
+
+A kernel builds the pattern tile by tile from the description; `allowed` draws it
+whole, for the reference form and for small sequences. Shape suffixes: B batch (or 1,
+the same for all rows), T query position, S key position.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """Causal attention, within segments if there are any.
+
+    Attributes:
+      query_positions: int32[B, T], place of each query in its row.
+      key_positions: int32[B, S], place of each key in its row.
+      query_segments: int32[B, T], or None: the document that a query belongs to.
+      key_segments: int32[B, S], or None: the document that a key belongs to.
+    """
+
+    query_positions: Int[Array, "B T"]
+    key_positions: Int[Array, "B S"]
+    query_segments: Int[Array, "B T"] | None = None
+    key_segments: Int[Array, "B S"] | None = None
+
+    def allowed(self) -> Bool[Array, "B T S"]:
+        """True where the query may see the key: not later, and in the same segment."""
+        allowed_BTS = self.key_positions[:, None, :] <= self.query_positions[:, :, None]
+        if self.query_segments is not None and self.key_segments is not None:
+            same_BTS = self.query_segments[:, :, None] == self.key_segments[:, None, :]
+            allowed_BTS = allowed_BTS & same_BTS
+        return allowed_BTS
+
+
+def causal(length: int, segments: Int[Array, "B T"] | None = None) -> Mask:
+    """Each position sees itself and all before it, in its own segment if given."""
+    positions_1T = jnp.arange(length, dtype=jnp.int32)[None]
+    return Mask(positions_1T, positions_1T, segments, segments)
+
+
+def cached(start_B: Int[Array, " B"], num_new: int, num_slots: int) -> Mask:
+    """`num_new` queries from position `start` of each row, over a cache's slots.
+
+    Slot s holds position s, so a slot that is not yet written, or holds padding, lies
+    behind every query and is never seen.
+    """
+    query_BT = start_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)
+    return Mask(query_BT, jnp.arange(num_slots, dtype=jnp.int32)[None])

@@ -1,0 +1,63 @@
+"""The answer is the same on every mesh: logits, loss, gradients, three steps."""
+
+import numpy as np
+import pytest
+
+from sharding import MeshConfig
+from tests.parity import tolerances
+from tests.parity.conftest import logits_of, place, require_close, start, train
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("mesh", "sequence_parallel"),
+    [
+        pytest.param(MeshConfig(fsdp=8), False, id="fsdp8"),
+        pytest.param(MeshConfig(fsdp=2, tensor=4), False, id="fsdp2-tensor4"),
+        pytest.param(MeshConfig(fsdp=2, tensor=4), True, id="fsdp2-tensor4-sequence"),
+        pytest.param(
+            MeshConfig(fsdp=4, tensor=2), False, id="fsdp4-tensor2", marks=slow
+        ),
+        pytest.param(MeshConfig(fsdp=4, tensor=2), True, id="fsdp4-tensor2-sequence"),
+        pytest.param(
+            MeshConfig(data=2, fsdp=2, tensor=2), False, id="data2-fsdp2-tensor2"
+        ),
+        pytest.param(
+            MeshConfig(data=2, fsdp=2, tensor=2),
+            True,
+            id="data2-fsdp2-tensor2-sequence",
+            marks=slow,
+        ),
+    ],
+)
+def test_eight_devices_give_what_one_gives(
+    mesh, sequence_parallel, one_device, alone, params
+):
+    sharded = place(mesh, num_devices=8, sequence_parallel=sequence_parallel)
+    np.testing.assert_allclose(
+        logits_of(sharded, params),
+        logits_of(one_device, params),
+        rtol=0,
+        atol=tolerances.ORDER_LOGITS,
+    )
+    trained = train(sharded, start(sharded, params), accumulate=1)
+    np.testing.assert_allclose(
+        trained.losses, alone.losses, rtol=0, atol=tolerances.ORDER_LOSS
+    )
+    require_close(
+        trained.gradient,
+        alone.gradient,
+        relative=tolerances.ORDER_GRADIENT_RELATIVE,
+    )
+    require_close(
+        trained.params, alone.params, relative=tolerances.ORDER_PARAMS_RELATIVE
+    )
+
+
+def test_three_steps_do_something(alone, params):
+    """Otherwise the above would hold of any two meshes."""
+    assert alone.losses[0] > 5
+    assert min(alone.norms) > 1.0, "the clip is to act"
+    moved = alone.params["blocks"]["mlp"]["up"] - params["blocks"]["mlp"]["up"]
+    assert np.abs(moved).max() > 1e-3

@@ -1,0 +1,25 @@
+"""How near is "the same": the one table. To loosen a number needs an ADR.
+
+Absolute, unless the name says relative. Float32 throughout, but for the last group.
+"""
+
+# Against Meta's own code, in float32.
+META_LOGITS = 1e-4
+META_LOSS = 1e-5
+META_HIDDEN = 1e-4
+META_GRADIENT_RELATIVE = 1e-4
+
+# Against the NumPy model of tests/reference, which computes in float64.
+NUMPY_LOGITS = 1e-4
+
+# The same sums in another order: on another mesh, in parts, through a cache.
+ORDER_LOGITS = 2e-5
+ORDER_LOSS = 1e-5
+ORDER_GRADIENT_RELATIVE = 1e-4
+ORDER_PARAMS_RELATIVE = 2e-4
+
+# The same sums in the same order; a compiler may still fuse them differently.
+FUSED_RELATIVE = 1e-5
+
+# Bfloat16 against float32, as a multiple of the difference that Meta's code shows.
+BFLOAT16_MULTIPLE = 1.5
