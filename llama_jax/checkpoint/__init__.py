@@ -1,0 +1,1 @@
+"""Sharded checkpoints through Orbax: of parameters alone, and of whole runs."""

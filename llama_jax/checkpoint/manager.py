@@ -1,0 +1,229 @@
+"""Checkpoints of a run: state, position in the data, and the recipe, in one step.
+
+    WORKDIR/tokenizer.model
+    WORKDIR/checkpoints/STEP/params      parameters, readable alone
+    WORKDIR/checkpoints/STEP/optimizer   counts and the optimizer's moments
+    WORKDIR/checkpoints/STEP/data        rows consumed, as JSON
+    WORKDIR/checkpoints/STEP/recipe      the resolved recipe, as JSON
+
+Orbax writes a step in the background and makes it visible only when it is whole.
+"""
+
+import logging
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import orbax.checkpoint as ocp
+from etils import epath
+
+from llama_jax.checkpoint.params import ParamsCheckpoint, open_orbax
+from llama_jax.config import LlamaConfig
+from llama_jax.config.recipe import PretrainRecipe, differences, to_json
+from llama_jax.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.model"
+
+# Fields that a resumed run may not change: the saved arrays would mean something else.
+_FIXED = ("model.",)
+# A tree of arrays split in two, so that parameters can be read without the rest.
+State = Mapping[str, Any]
+
+
+class RunCheckpoints:
+    """The checkpoints of one run; a context that waits for writing to end.
+
+    Args:
+      workdir: the run's directory; local or a bucket.
+      keep_latest: how many of the newest steps stay.
+      keep_period: steps at multiples of this stay for ever; 0 for none.
+    """
+
+    def __init__(
+        self, workdir: epath.PathLike, *, keep_latest: int, keep_period: int
+    ) -> None:
+        self._directory = epath.Path(workdir).absolute() / CHECKPOINTS
+        try:
+            self._manager = ocp.CheckpointManager(
+                self._directory,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep_latest,
+                    keep_period=keep_period or None,
+                    enable_async_checkpointing=True,
+                ),
+                item_names=("params", "optimizer", "data", "recipe"),
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory} cannot be made: {error}. Give another --workdir."
+            ) from error
+
+    def __enter__(self) -> Self:
+        """The same."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Wait until what was saved is on disk."""
+        self._manager.close()
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps that are whole, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self, step: int, state: State, position: int, recipe: PretrainRecipe
+    ) -> None:
+        """Start writing; returns when the arrays are off the devices.
+
+        Args:
+          step: steps done.
+          state: {"params": ..., "optimizer": ...}.
+          position: rows consumed by these steps.
+          recipe: the resolved recipe.
+        """
+        if step in self._manager.all_steps():
+            return
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state["params"]),
+                    optimizer=ocp.args.StandardSave(state["optimizer"]),
+                    data=ocp.args.JsonSave({"position": position}),
+                    recipe=ocp.args.JsonSave(to_json(recipe)),
+                ),
+                force=True,
+            )
+        except OSError as error:
+            raise CheckpointError(
+                f"step {step} cannot be written to {self._directory}: {error}. The "
+                "steps before it are whole."
+            ) from error
+
+    def restore(
+        self, target: State, recipe: PretrainRecipe, *, on_damaged: str
+    ) -> tuple[State, int] | None:
+        """The newest state, in the layout of `target`; None if there is none.
+
+        Args:
+          target: shapes, types and shardings of {"params": ..., "optimizer": ...}.
+          recipe: what is about to run; a change of architecture is refused, any other
+            is logged.
+          on_damaged: "stop", or "fall_back" to the step before a damaged one.
+
+        Returns:
+          The state, and the rows of data that it has consumed.
+
+        Raises:
+          CheckpointError: damaged, or of another architecture.
+        """
+        for step in reversed(self.steps):
+            try:
+                self._require_same_model(step, recipe)
+                return self._read(step, target)
+            except _Damaged as damage:
+                advice = (
+                    f"step {step} in {self._directory} is damaged: {damage}. "
+                    f"Steps there: {self.steps}."
+                )
+                if on_damaged == "stop":
+                    raise CheckpointError(
+                        f"{advice} To go on from the one before, give "
+                        "--train.on-damaged-checkpoint fall_back, or remove that step."
+                    ) from damage
+                _log.warning("%s Falling back to the one before.", advice)
+        if self.steps:
+            raise CheckpointError(
+                f"none of the steps {self.steps} in {self._directory} can be read."
+            )
+        return None
+
+    def _read(self, step: int, target: State) -> tuple[State, int]:
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(target["params"]),
+                    optimizer=ocp.args.StandardRestore(target["optimizer"]),
+                    data=ocp.args.JsonRestore(),
+                ),
+            )
+            position = restored["data"]["position"]
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise _Damaged(_reason(error)) from error
+        state = {"params": restored["params"], "optimizer": restored["optimizer"]}
+        return state, position
+
+    def _require_same_model(self, step: int, recipe: PretrainRecipe) -> None:
+        changed = differences(saved_recipe(self._directory / str(step)), recipe)
+        fatal = {k: v for k, v in changed.items() if k.startswith(_FIXED)}
+        if fatal:
+            raise CheckpointError(
+                f"step {step} in {self._directory} is of another model: "
+                f"{_listed(fatal)}. Use the recipe it was made with, or another "
+                "--workdir."
+            )
+        if changed:
+            _log.warning("Resuming with a changed recipe: %s.", _listed(changed))
+
+
+class _Damaged(Exception):
+    """A step that is listed but cannot be read."""
+
+
+def saved_recipe(step_directory: epath.Path) -> Mapping[str, Any]:
+    """The recipe that a step was made with.
+
+    Raises:
+      _Damaged: it is not there, or not JSON.
+    """
+    try:
+        handler = ocp.JsonCheckpointHandler()
+        return handler.restore(step_directory / "recipe")
+    except (ValueError, OSError) as error:
+        raise _Damaged(_reason(error)) from error
+
+
+def open_run(directory: epath.PathLike) -> ParamsCheckpoint:
+    """The parameters of a run: its newest step, or the step that is named.
+
+    Args:
+      directory: WORKDIR, or WORKDIR/checkpoints/STEP.
+
+    Raises:
+      CheckpointError: there is no whole step, or it is damaged.
+    """
+    directory = epath.Path(directory)
+    if (directory / CHECKPOINTS).exists():
+        steps = ocp.utils.checkpoint_steps(directory / CHECKPOINTS)
+        if not steps:
+            raise CheckpointError(
+                f"{directory} holds no finished checkpoint yet: train until the first "
+                "is saved."
+            )
+        directory = directory / CHECKPOINTS / str(max(steps))
+    try:
+        config = LlamaConfig(**saved_recipe(directory)["model"])
+    except (_Damaged, KeyError, TypeError) as error:
+        raise CheckpointError(f"{directory} is damaged: {error}.") from error
+    tokenizer = directory.parent.parent / TOKENIZER
+    return open_orbax(
+        directory / "params", config, tokenizer if tokenizer.exists() else None
+    )
+
+
+def _listed(changed: Mapping[str, str]) -> str:
+    return "; ".join(f"{field} was {change}" for field, change in changed.items())
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:300]
