@@ -1,0 +1,26 @@
+"""Documents to batches: sources, tokenised and packed once, read as often as needed.
+
+    sources  ->  prepare  ->  dataset.json and ArrayRecord files  ->  pipeline
+
+Corpora that this project wraps for tensorflow-datasets are in `data.builders`.
+"""
+
+from llama_jax.data.batch import Batch
+from llama_jax.data.pipeline import TrainingData, ValidationData, open_data
+from llama_jax.data.prepare import prepare, write_shard
+from llama_jax.data.prepared import Prepared
+from llama_jax.data.sources import Documents, JsonLines, Records, TextFiles
+
+__all__ = [
+    "Batch",
+    "Documents",
+    "JsonLines",
+    "Prepared",
+    "Records",
+    "TextFiles",
+    "TrainingData",
+    "ValidationData",
+    "open_data",
+    "prepare",
+    "write_shard",
+]
