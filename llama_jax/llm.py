@@ -219,7 +219,7 @@ def open_checkpoint(
         )
     names = {entry.name for entry in directory.iterdir()}
     if any(name.endswith(".pth") for name in names):
-        return read_meta(directory, max_length=max_length)
+        return read_meta(str(path), max_length=max_length)
     if ARCHITECTURE in names:
         return open_params(directory)
     if CHECKPOINTS in names or {"params", "recipe"} <= names:

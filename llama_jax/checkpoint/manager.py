@@ -17,7 +17,12 @@ from typing import Any, Self
 import orbax.checkpoint as ocp
 from etils import epath
 
-from llama_jax.checkpoint.params import ParamsCheckpoint, open_orbax
+from llama_jax.checkpoint.params import (
+    TOKENIZER,
+    ParamsCheckpoint,
+    first_line,
+    open_orbax,
+)
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
 from llama_jax.errors import CheckpointError
@@ -25,7 +30,6 @@ from llama_jax.errors import CheckpointError
 _log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-TOKENIZER = "tokenizer.model"
 
 # Fields that a resumed run may not change: the saved arrays would mean something else.
 _FIXED = ("model.",)
@@ -90,9 +94,9 @@ class RunCheckpoints:
           position: rows consumed by these steps.
           recipe: the resolved recipe.
         """
-        if step in self._manager.all_steps():
-            return
         try:
+            if step in self._manager.all_steps():
+                self._manager.delete(step)  # damaged: the run fell back behind it
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -159,7 +163,7 @@ class RunCheckpoints:
             )
             position = restored["data"]["position"]
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise _Damaged(_reason(error)) from error
+            raise _Damaged(first_line(error)) from error
         state = {"params": restored["params"], "optimizer": restored["optimizer"]}
         return state, position
 
@@ -190,7 +194,7 @@ def saved_recipe(step_directory: epath.Path) -> Mapping[str, Any]:
         handler = ocp.JsonCheckpointHandler()
         return handler.restore(step_directory / "recipe")
     except (ValueError, OSError) as error:
-        raise _Damaged(_reason(error)) from error
+        raise _Damaged(first_line(error)) from error
 
 
 def open_run(directory: epath.PathLike) -> ParamsCheckpoint:
@@ -223,7 +227,3 @@ def open_run(directory: epath.PathLike) -> ParamsCheckpoint:
 
 def _listed(changed: Mapping[str, str]) -> str:
     return "; ".join(f"{field} was {change}" for field, change in changed.items())
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]

@@ -62,7 +62,7 @@ class ParamsCheckpoint:
                 )
         except (ValueError, OSError, KeyError) as error:
             raise CheckpointError(
-                f"{self.directory} cannot be read: {_first_line(error)}. Files of it "
+                f"{self.directory} cannot be read: {first_line(error)}. Files of it "
                 "are damaged or missing: copy or save it again."
             ) from error
 
@@ -161,7 +161,7 @@ def _stored(directory: epath.Path) -> dict[str, ocp.metadata.ArrayMetadata]:
         tree = handler.metadata(directory).tree
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(
-            f"{directory} cannot be read: {_first_line(error)}."
+            f"{directory} cannot be read: {first_line(error)}."
         ) from error
     return {
         _dotted(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -172,5 +172,7 @@ def _dotted(path: Iterable[jax.tree_util.DictKey]) -> str:
     return ".".join(str(step.key) for step in path)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:300]
+def first_line(error: Exception) -> str:
+    """The beginning of a library's message, which may fill pages."""
+    line, *_ = str(error).splitlines() or [type(error).__name__]
+    return line if len(line) < 160 else f"{line[:160]}…"

@@ -1,0 +1,1 @@
+"""Training: one pure step, and the loop that drives it."""

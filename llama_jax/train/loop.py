@@ -1,0 +1,118 @@
+"""The loop: the only place where anything changes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator
+
+import jax
+
+from llama_jax.checkpoint.manager import RunCheckpoints
+from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.data.batch import Batch
+from llama_jax.train import faults
+from llama_jax.train.metrics import Sink, Stopwatch
+from llama_jax.train.state import TrainState, to_items
+from llama_jax.train.step import EvalStep, TrainStep
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that the loop uses.
+
+    Attributes:
+      recipe: the resolved recipe.
+      mesh: the devices.
+      train_step: compiled; consumes the state.
+      eval_step: compiled; summed loss and weights of a batch.
+      validation: makes an iterator over the whole validation split.
+      checkpoints: where the state goes.
+      sink: where the measurements go.
+      profile: steps to trace, as (first, last), into `profile_dir`; None for none.
+      profile_dir: for `jax.profiler`.
+    """
+
+    recipe: PretrainRecipe
+    mesh: jax.sharding.Mesh
+    train_step: TrainStep
+    eval_step: EvalStep
+    validation: Callable[[], Iterable[Batch]]
+    checkpoints: RunCheckpoints
+    sink: Sink
+    profile: tuple[int, int] | None
+    profile_dir: str
+
+
+def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> bool:
+    """Step until the recipe's last step, or until asked to stop.
+
+    Args:
+      run: the parts.
+      state: where to begin; consumed.
+      data: global batches, from the first one not yet consumed.
+      position: rows consumed before.
+
+    Returns:
+      Whether the run has reached its end.
+    """
+    settings = run.recipe.train
+    clock = Stopwatch()
+    first = step = int(state.step)
+    with (
+        jax.set_mesh(run.mesh),
+        faults.guard(settings) as guard,
+        _profiler(run) as profile,
+    ):
+        remaining = range(first + 1, settings.num_steps + 1)
+        for step, batch in zip(remaining, clock.waiting(data), strict=False):
+            profile(step)
+            with clock.compiling(step == first + 1):
+                state, measured = run.train_step(state, batch)
+            position += settings.batch_size
+            run.sink.record(step, measured)
+            decision = guard.decide(step)
+            if decision.validate or decision.save:
+                run.sink.flush()  # a bad step is found before it is saved
+            if decision.validate:
+                with clock.measure("validate"):
+                    loss = validation_loss(run, state)
+                run.sink.write(step, validation_loss=loss)
+            if decision.save:
+                with clock.measure("save"):
+                    run.checkpoints.save(step, to_items(state), position, run.recipe)
+            if decision.stop:
+                break
+        run.sink.flush()
+        run.sink.write(step, time_shares=clock.shares())
+    return step >= settings.num_steps
+
+
+def validation_loss(run: Run, state: TrainState) -> float:
+    """Mean loss over every token of the validation split, in nats."""
+    loss_sum = weight_sum = 0.0
+    for batch in run.validation():
+        loss, weight = run.eval_step(state.params, batch)
+        loss_sum += float(loss)
+        weight_sum += float(weight)
+    return loss_sum / weight_sum
+
+
+@contextlib.contextmanager
+def _profiler(run: Run) -> Iterator[Callable[[int], None]]:
+    """A function to call before each step, which traces those that were asked for."""
+    first, last = run.profile or (-1, -1)
+    tracing = False
+
+    def before(step: int) -> None:
+        nonlocal tracing
+        if step == first:
+            jax.profiler.start_trace(run.profile_dir)
+            tracing = True
+        elif step == last + 1 and tracing:
+            jax.profiler.stop_trace()
+            tracing = False
+
+    try:
+        yield before
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()

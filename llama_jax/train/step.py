@@ -1,0 +1,165 @@
+"""One training step: pure, compiled once, with every layout pinned.
+
+Gradients whose layout is left to inference can lose their split over `fsdp`, and then
+each device holds them whole; so they are constrained, and the state's layout is fixed
+on the way in and on the way out.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from llama_jax.build import ShardedLlama
+from llama_jax.data.batch import Batch
+from llama_jax.train.losses import next_token_loss
+from llama_jax.train.state import TrainState, state_shardings
+from sharding import axes
+from sharding.axes import Tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What a step tells, all float32 scalars on the device.
+
+    Attributes:
+      loss: mean over the batch's tokens, nats.
+      grad_norm: global norm of the gradient, before clipping.
+      learning_rate: of this step.
+      num_tokens: sum of the batch's weights.
+      applied: whether the update was good, and so was made.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    num_tokens: Float[Array, ""]
+    applied: Bool[Array, ""]
+
+
+TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Measured]]
+EvalStep = Callable[[Tree, Batch], tuple[Array, Array]]
+
+
+def batch_sharding(sharded: ShardedLlama) -> jax.sharding.NamedSharding:
+    """The layout of a batch: rows split, and positions if the rules say so."""
+    return sharded.sharding(axes.BATCH, axes.SEQUENCE)
+
+
+def make_train_step(
+    sharded: ShardedLlama,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    *,
+    accumulate: int,
+    spike_norm: float | None,
+) -> TrainStep:
+    """The compiled step. It consumes the state it is given (donation).
+
+    Args:
+      sharded: the model on its mesh.
+      optimizer: from `make_optimizer`.
+      schedule: the learning rate it uses, for the record.
+      accumulate: parts of the batch that are worked off one after the other.
+      spike_norm: gradient norm above which an update is not applied; one that is not
+        finite never is.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Measured]:
+        loss_sum, weight_sum, grads = _loss_and_grads(
+            sharded, state.params, batch, accumulate
+        )
+        # All tokens masked gives loss 0 and no gradient, not 0 / 0.
+        scale = 1.0 / jnp.maximum(weight_sum, 1.0)
+        loss = loss_sum * scale
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        grad_norm = optax.tree.norm(grads)
+        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        if spike_norm is not None:
+            good &= grad_norm <= spike_norm
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+
+        def keep(new: Array, old: Array) -> Array:
+            return jnp.where(good, new, old)
+
+        measured = Measured(
+            loss=loss,
+            grad_norm=grad_norm,
+            learning_rate=jnp.float32(schedule(state.step - state.num_skipped)),
+            num_tokens=weight_sum,
+            applied=good,
+        )
+        state = TrainState(
+            step=state.step + 1,
+            num_skipped=state.num_skipped + (1 - good.astype(jnp.int32)),
+            params=jax.tree.map(keep, params, state.params),
+            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+        )
+        return state, measured
+
+    layout = state_shardings(sharded, optimizer)
+    return jax.jit(
+        step,
+        in_shardings=(layout, batch_sharding(sharded)),
+        out_shardings=(layout, sharded.sharding()),
+        donate_argnums=0,
+    )
+
+
+def make_eval_step(sharded: ShardedLlama) -> EvalStep:
+    """Compiled: the summed loss of one batch in nats, and the sum of its weights."""
+    everywhere = sharded.sharding()
+    return jax.jit(
+        lambda params, batch: _loss(sharded, params, batch),
+        in_shardings=(sharded.param_shardings, batch_sharding(sharded)),
+        out_shardings=(everywhere, everywhere),
+    )
+
+
+def _loss(sharded: ShardedLlama, params: Tree, batch: Batch) -> tuple[Array, Array]:
+    logits_BTV: Any = sharded.model.apply(
+        {"params": params}, batch.tokens, batch.segments
+    )
+    with jax.named_scope("loss"):
+        return next_token_loss(logits_BTV, batch.targets, batch.weights)
+
+
+# Summed loss, summed weights, and the gradient of the summed loss.
+_Sums = tuple[Array, Array, Tree]
+
+
+def _loss_and_grads(
+    sharded: ShardedLlama, params: Tree, batch: Batch, accumulate: int
+) -> _Sums:
+    def part(params: Tree, batch: Batch) -> _Sums:
+        (loss_sum, weight_sum), grads = jax.value_and_grad(
+            lambda params: _loss(sharded, params, batch), has_aux=True
+        )(params)
+        grads = jax.lax.with_sharding_constraint(grads, sharded.param_shardings)
+        return loss_sum, weight_sum, grads
+
+    if accumulate == 1:
+        return part(params, batch)
+
+    def add(total: _Sums, batch: Batch) -> tuple[_Sums, None]:
+        return jax.tree.map(jnp.add, total, part(params, batch)), None
+
+    zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
+    return jax.lax.scan(add, zeros, _split(batch, accumulate))[0]
+
+
+def _split(batch: Batch, parts: int) -> Batch:
+    """[B, T] arrays as [parts, B / parts, T], row by row in turn.
+
+    Taking every `parts`-th row leaves each row on the device where it is.
+    """
+    return jax.tree.map(
+        lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch
+    )

@@ -1,0 +1,75 @@
+"""A recipe so small that a test can run it, and what its runs leave behind."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+
+from llama_jax.config import LlamaConfig
+from llama_jax.config.data import DataConfig
+from llama_jax.config.recipe import PretrainRecipe, paper_optimizer
+from llama_jax.config.train import TrainConfig
+from sharding import MeshConfig
+from tests.data import corpus
+
+NUM_STEPS = 8
+
+
+def recipe(data: str | Path, *, mesh: MeshConfig | None = None) -> PretrainRecipe:
+    """Eight steps of eight rows; validation and a checkpoint at every fourth."""
+    return PretrainRecipe(
+        model=dataclasses.replace(LlamaConfig.tiny(), vocab_size=400),
+        data=DataConfig(paths=(str(data),), sequence_length=corpus.LENGTH, seed=1),
+        optimizer=paper_optimizer(peak_lr=1e-2, warmup_steps=2),
+        train=TrainConfig(
+            num_steps=NUM_STEPS,
+            batch_size=8,
+            accumulate=1,
+            compute_dtype="float32",
+            remat="none",
+            seed=0,
+            validate_every=4,
+            checkpoint_every=4,
+            keep_latest=2,
+            keep_period=0,
+            on_bad_step="stop",
+        ),
+        mesh=mesh or MeshConfig(fsdp=4, tensor=2),
+        sequence_parallel=False,
+        topology="",
+    )
+
+
+def changed(recipe: PretrainRecipe, part: str, **values: Any) -> PretrainRecipe:
+    """The recipe with fields of one of its parts changed."""
+    new = dataclasses.replace(getattr(recipe, part), **values)
+    return dataclasses.replace(recipe, **{part: new})
+
+
+def saved(workdir: Path, step: int, item: str = "params") -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint, by name, read by plain Orbax on the host."""
+    directory = workdir / "checkpoints" / str(step) / item
+    arrays: dict[str, np.ndarray] = {}
+
+    def collect(tree: Any, name: str) -> None:
+        if isinstance(tree, dict):
+            for key, value in tree.items():
+                collect(value, f"{name}/{key}")
+        elif isinstance(tree, list | tuple):
+            for key, value in enumerate(tree):
+                collect(value, f"{name}/{key}")
+        elif tree is not None:
+            arrays[name] = np.asarray(tree)
+
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        collect(checkpointer.restore(directory), "")
+    return arrays
+
+
+def require_equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> None:
+    """Bit for bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
