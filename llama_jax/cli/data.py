@@ -1,0 +1,97 @@
+"""`llama-jax data STEP`: text to a tokenizer, text to rows of tokens."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import tyro
+
+from llama_jax.data import Documents, prepare
+from llama_jax.data.builders import tfds_splits
+from llama_jax.data.sources import files
+from llama_jax.errors import DataError
+from llama_jax.text import Tokenizer, train_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """Where documents come from: files, or a data set of tensorflow-datasets.
+
+    Attributes:
+      train: .jsonl files (a document a line, in its field "text"), or text files.
+      validation: the same, held out from training.
+      tfds: a data set, as state_of_the_union or c4/en, instead of files.
+      tfds_dir: where tensorflow-datasets keeps it.
+      dry_run: open everything, say what would be done, and stop.
+    """
+
+    train: tuple[str, ...] = ()
+    validation: tuple[str, ...] = ()
+    tfds: str | None = None
+    tfds_dir: str = "data/tfds"
+    dry_run: bool = False
+
+    def splits(self) -> dict[str, list[Documents]]:
+        """The sources of each split."""
+        if self.tfds is not None:
+            return tfds_splits(self.tfds, self.tfds_dir)
+        chosen = {"train": files(self.train), "validation": files(self.validation)}
+        if not chosen["train"]:
+            raise DataError("no text: give --train FILE ... or --tfds NAME.")
+        return {name: sources for name, sources in chosen.items() if sources}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerStep(Text):
+    """Train a tokenizer as Llama's was: BPE, byte fallback, digits one by one.
+
+    Attributes:
+      output: the file to write.
+      vocab_size: pieces; Llama's is 32000.
+    """
+
+    output: str
+    vocab_size: int = 32_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareStep(Text):
+    """Tokenise a corpus once and pack it into rows: BOS, document, EOS, end to end.
+
+    Attributes:
+      tokenizer: a tokenizer.model.
+      output: the directory to write.
+      row_length: tokens that the model reads at once.
+    """
+
+    tokenizer: str
+    output: str
+    row_length: int = 4096
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command; returns the exit status."""
+    step = tyro.extras.subcommand_cli_from_dict(
+        {"tokenizer": TokenizerStep, "prepare": PrepareStep},
+        prog="llama-jax data",
+        args=list(argv),
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
+    splits = step.splits()
+    names = {name: len(sources) for name, sources in splits.items()}
+    if step.dry_run:
+        print(f"{step.output} from {names} (sources a split)")
+    elif isinstance(step, TokenizerStep):
+        documents = (text for source in splits["train"] for text in source)
+        tokenizer = train_tokenizer(documents, step.output, vocab_size=step.vocab_size)
+        print(f"{step.output}: {tokenizer.vocab_size:,} pieces")
+    else:
+        prepared = prepare(
+            splits, Tokenizer(step.tokenizer), step.output, row_length=step.row_length
+        )
+        for name, split in prepared.splits.items():
+            print(
+                f"{step.output}, {name}: {split.num_documents:,} documents, "
+                f"{split.text_bytes:,} bytes, {split.num_tokens:,} tokens in "
+                f"{split.num_rows:,} rows"
+            )
+    return 0
