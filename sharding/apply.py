@@ -12,9 +12,7 @@ from sharding.mesh import AnyMesh, axis_size
 from sharding.rules import AxisRules
 
 
-def param_shardings(
-    rules: AxisRules, mesh: AnyMesh, names: Tree, shapes: Tree
-) -> Tree:
+def param_shardings(rules: AxisRules, mesh: AnyMesh, names: Tree, shapes: Tree) -> Tree:
     """A sharding for each parameter.
 
     Args:

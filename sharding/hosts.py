@@ -22,6 +22,8 @@ _CLUSTER_VARIABLES = (
     "SLURM_JOB_NUM_NODES",
 )
 
+_CACHE_DIR = "jax_compilation_cache_dir"
+
 
 def start() -> None:
     """Join the other hosts of this job, if there are any; before any device is used.
@@ -95,7 +97,7 @@ def cache_compilations() -> None:
     In JAX_COMPILATION_CACHE_DIR, or the user's cache directory. One that cannot be
     written is a warning: everything works without, only later.
     """
-    directory = jax.config.jax_compilation_cache_dir
+    directory = getattr(jax.config, _CACHE_DIR)
     if directory is None:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         directory = os.path.join(home, "llama-jax", "compilations")
@@ -110,7 +112,7 @@ def cache_compilations() -> None:
                 "a directory that can be written.",
                 error,
             )
-            jax.config.update("jax_compilation_cache_dir", None)
+            jax.config.update(_CACHE_DIR, None)
             return
-    jax.config.update("jax_compilation_cache_dir", directory)
+    jax.config.update(_CACHE_DIR, directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

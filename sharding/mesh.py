@@ -145,9 +145,7 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> jax.sharding.Abstract
     """
     config = config.resolve(num_devices)
     sizes = [dcn * ici for dcn, ici in zip(config.dcn, config.ici, strict=True)]
-    return jax.sharding.AbstractMesh(
-        tuple(sizes), axes.MESH_AXES, axis_types=_AUTO
-    )
+    return jax.sharding.AbstractMesh(tuple(sizes), axes.MESH_AXES, axis_types=_AUTO)
 
 
 def axis_size(mesh: AnyMesh, names: Sequence[str]) -> int:

@@ -6,6 +6,7 @@ out, and the last lines of a run say how many ran or were left out.
 """
 
 import os
+from pathlib import Path
 
 # Before anything imports jax, which reads these once. Subprocesses inherit them.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -13,10 +14,14 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
+# What one test has compiled, another, or the next run, need not compile again.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR",
+    str(Path(__file__).parents[1] / ".pytest_cache" / "compilations"),
+)
 
 import importlib.metadata
 import platform
-from pathlib import Path
 
 import hypothesis
 import pytest

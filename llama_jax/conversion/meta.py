@@ -100,7 +100,7 @@ class MetaCheckpoint:
             return jax.make_array_from_callback(
                 self.shapes[name],
                 sharding,
-                lambda index: self.read(name, index).astype(dtype),
+                lambda index: self.read(name, index or ()).astype(dtype),
             )
 
         return jax.tree_util.tree_map_with_path(leaf, shardings)

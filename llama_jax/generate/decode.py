@@ -30,11 +30,11 @@ class DecodeState:
 
     Attributes:
       cache: keys and values of all tokens but each row's last.
-      tokens: int32[B, S], prompt and what was written after it.
-      logprobs: float32[B, S], of the tokens written; 0 elsewhere.
+      tokens: int32[B, S], prompt and what was written after it, up to `length`.
+      logprobs: float32[B, S], of the tokens written; elsewhere it means nothing.
       length: int32[B], tokens of the row so far.
       limit: int32[B], the length at which the row ends at the latest.
-      done: bool[B], true for a row that has ended: nothing of it changes any more.
+      done: bool[B], true for a row that has ended and grows no more.
       key: key[B], a row's randomness; each position folds itself in.
     """
 
@@ -154,9 +154,10 @@ def _append(
         key_B = jax.vmap(jax.random.fold_in)(state.key, state.length)
         token_B, logprob_B = sample.draw(rule, logits_BV, key_B)
     rows_B = jnp.arange(token_B.shape[0])
-    # A row that is done writes beyond the last slot, which is to say nowhere.
-    slot_B = jnp.where(state.done, state.tokens.shape[1], state.length)
-    length_B = state.length + ~state.done
+    # A row that is done writes behind its end, again and again, or behind the last
+    # slot, which is nowhere.
+    slot_B = state.length
+    length_B = slot_B + ~state.done
     ended_B = (token_B == vocabulary.eos_id) | (length_B >= state.limit)
     return dataclasses.replace(
         state,

@@ -9,7 +9,7 @@ import hashlib
 import struct
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -52,6 +52,22 @@ class Completion:
     tokens: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+
+
+class _Request(NamedTuple):
+    """A request in numbers, found to be one that can be served.
+
+    Attributes:
+      rows: the ids of each prompt.
+      limits: the length at which each row ends at the latest.
+      seeds: 64 bits of randomness for each row.
+      rule: how tokens are chosen.
+    """
+
+    rows: list[list[int]]
+    limits: list[int]
+    seeds: list[tuple[int, int]]
+    rule: Rule
 
 
 class Generator:
@@ -108,13 +124,12 @@ class Generator:
             room in the context; `max_new_tokens` below 1; no tokenizer for a text.
           TokenizerError: a prompt holds a lone surrogate.
         """
-        rows = self._encode(prompts)
-        limits = self._limits(rows, max_new_tokens)
+        request = self._request(prompts, max_new_tokens, sampler, seed)
+        rows = request.rows
         if not rows:
             return []
-        rule = Rule.of(sampler)
-        state = self._prefill(rows, limits, rule, seed)
-        state = self._decode(state, rule, max(limits))
+        state = self._prefill(request)
+        state = self._decode(state, request.rule, num_steps=max(request.limits))
         written = jax.device_get((state.tokens, state.logprobs, state.length))
         completions = [
             self._complete(tokens[len(ids) : length], logprobs[len(ids) : length])
@@ -134,12 +149,9 @@ class Generator:
             tokenizer.
           TokenizerError: the prompt holds a lone surrogate.
         """
-        tokenizer = self._require_tokenizer("a stream of text")
-        rows = self._encode([prompt])
-        limits = self._limits(rows, max_new_tokens)
-        return self._pieces(
-            StreamDecoder(tokenizer), rows, limits, Rule.of(sampler), seed
-        )
+        decoder = StreamDecoder(self._require_tokenizer("a stream of text"))
+        request = self._request([prompt], max_new_tokens, sampler, seed)
+        return self._pieces(request, decoder)
 
     def chat(
         self,
@@ -161,6 +173,17 @@ class Generator:
             [prompt], max_new_tokens=max_new_tokens, sampler=sampler, seed=seed
         )[0]
 
+    def _request(
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        sampler: Sampler,
+        seed: int,
+    ) -> _Request:
+        rows = self._encode(prompts)
+        limits = self._limits(rows, max_new_tokens)
+        return _Request(rows, limits, _row_seeds(rows, seed), Rule.of(sampler))
+
     def _encode(self, prompts: Sequence[Prompt]) -> list[list[int]]:
         if isinstance(prompts, str):
             raise GenerationError(
@@ -168,7 +191,7 @@ class Generator:
                 "be continued at once."
             )
         return [
-            self._require_tokenizer(f"prompts[{i}], a text").encode(
+            self._require_tokenizer(f"prompts[{i}], a text,").encode(
                 prompt, bos=True, eos=False
             )
             if isinstance(prompt, str)
@@ -189,7 +212,6 @@ class Generator:
         return self._tokenizer
 
     def _limits(self, rows: list[list[int]], max_new_tokens: int) -> list[int]:
-        """The length at which each row ends at the latest."""
         if type(max_new_tokens) is not int or max_new_tokens < 1:
             raise GenerationError(
                 f"max_new_tokens is {max_new_tokens!r}: give an integer of 1 or more."
@@ -205,25 +227,26 @@ class Generator:
                 )
         return [min(len(ids) + max_new_tokens, max_length) for ids in rows]
 
-    def _prefill(
-        self, rows: list[list[int]], limits: list[int], rule: Rule, seed: int
-    ) -> DecodeState:
-        tokens = padded(self._sharded, rows)
-        num_padding = len(tokens) - len(rows)
+    def _prefill(self, request: _Request) -> DecodeState:
+        tokens = padded(self._sharded, request.rows)
+        num_padding = len(tokens) - len(request.rows)
+        lengths = [*map(len, request.rows)] + [1] * num_padding
+        limits = request.limits + [0] * num_padding
+        seeds = request.seeds + [(0, 0)] * num_padding
         with jax.set_mesh(self._sharded.mesh):
             return prefill(
                 self._sharded.model,
                 self._params,
                 tokens,
-                np.array([*map(len, rows)] + [1] * num_padding, np.int32),
-                np.array(limits + [0] * num_padding, np.int32),
-                np.array(_row_seeds(rows, seed) + [(0, 0)] * num_padding, np.uint32),
-                rule,
+                np.array(lengths, np.int32),
+                np.array(limits, np.int32),
+                np.array(seeds, np.uint32),
+                request.rule,
                 self._vocabulary,
                 slots=length_bucket(self._sharded, max(limits)),
             )
 
-    def _decode(self, state: DecodeState, rule: Rule, num_steps: int) -> DecodeState:
+    def _decode(self, state: DecodeState, rule: Rule, *, num_steps: int) -> DecodeState:
         with jax.set_mesh(self._sharded.mesh):
             return decode(
                 self._sharded.model,
@@ -260,16 +283,9 @@ class Generator:
             for ids, logprobs, completion in zip(rows, scored, completions, strict=True)
         ]
 
-    def _pieces(
-        self,
-        decoder: StreamDecoder,
-        rows: list[list[int]],
-        limits: list[int],
-        rule: Rule,
-        seed: int,
-    ) -> Iterator[str]:
-        state = self._prefill(rows, limits, rule, seed)
-        seen = len(rows[0])
+    def _pieces(self, request: _Request, decoder: StreamDecoder) -> Iterator[str]:
+        state = self._prefill(request)
+        seen = len(request.rows[0])
         while True:
             (tokens, *_), (length, *_), (done, *_) = jax.device_get(
                 (state.tokens, state.length, state.done)
@@ -280,7 +296,7 @@ class Generator:
             if done:
                 break
             seen = length
-            state = self._decode(state, rule, _STREAM_STEPS)
+            state = self._decode(state, request.rule, num_steps=_STREAM_STEPS)
         if piece := decoder.flush():
             yield piece
 

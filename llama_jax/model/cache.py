@@ -53,18 +53,20 @@ class KVCache:
         k_BTKH: Float[Array, "B T K H"],
         v_BTKH: Float[Array, "B T K H"],
     ) -> Self:
-        """With T positions of one layer put at slots start ... start + T - 1."""
+        """With T positions of one layer put at slots start ... start + T - 1.
+
+        The slots must exist: nothing clamps or checks `start`.
+        """
+
+        # A scatter in place: updates of a slice, row by row, would copy the cache.
+        rows_B1 = jnp.arange(k_BTKH.shape[0], dtype=jnp.int32)[:, None]
+        slots_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)
 
         def put(into_LBSKH: Array, new_BTKH: Array) -> Array:
-            def put_row(into_LSKH: Array, new_TKH: Array, start: Array) -> Array:
-                zero = jnp.zeros_like(start)
-                return jax.lax.dynamic_update_slice(
-                    into_LSKH, new_TKH[None], (layer, start, zero, zero)
-                )
-
-            new_BTKH = new_BTKH.astype(into_LBSKH.dtype)
-            return jax.vmap(put_row, in_axes=(1, 0, 0), out_axes=1)(
-                into_LBSKH, new_BTKH, start_B
+            return into_LBSKH.at[layer, rows_B1, slots_BT].set(
+                new_BTKH.astype(into_LBSKH.dtype),
+                mode="promise_in_bounds",
+                unique_indices=True,
             )
 
         return dataclasses.replace(

@@ -15,7 +15,6 @@ from llama_jax.errors import ConfigError
 from sharding.axes import Tree
 
 Carry = TypeVar("Carry")
-Body = TypeVar("Body", bound=Callable[..., Any])
 
 # Names given with `checkpoint_name` in layers.py and transformer.py.
 _PROJECTIONS = ("query", "key", "value", "attention", "out", "gate", "up")
@@ -50,7 +49,7 @@ def run(
     return jax.lax.scan(_rematerialised(body, remat), carry, layers)[0]
 
 
-def _rematerialised(body: Body, remat: Remat) -> Body:
+def _rematerialised(body: Callable[..., Any], remat: Remat) -> Callable[..., Any]:
     if remat == "none":
         return body
     save = jax.checkpoint_policies

@@ -77,6 +77,7 @@ class Embed(nn.Module):
     """The table of piece embeddings, not scaled."""
 
     config: LlamaConfig
+    constrain: Constrain
     dtype: jnp.dtype
 
     @nn.compact
@@ -84,7 +85,10 @@ class Embed(nn.Module):
         """The rows of the table that `tokens` name."""
         shape = (self.config.vocab_size, self.config.dim)
         table_VD = self.param("table", _INIT, shape)
-        return table_VD.astype(self.dtype)[tokens_BT]
+        # Gathered over `fsdp` first, as other weights are: after a lookup in a table
+        # with split columns the compiler would replicate the result to re-split it.
+        table_VD = self.constrain(table_VD.astype(self.dtype), axes.VOCAB, None)
+        return table_VD[tokens_BT]
 
 
 class Attention(nn.Module):
@@ -233,7 +237,7 @@ class Llama(nn.Module):
     def setup(self) -> None:
         """Declare the parameters; blocks are stacked on a leading axis L."""
         c = self.config
-        self.embed = Embed(c, self.dtype)
+        self.embed = Embed(c, self.constrain, self.dtype)
         self.block = Block(c, self.constrain, self.attend, parent=None)
         self.blocks = self.param("blocks", self._init_blocks)
         self.final_norm = RMSNorm(c.norm_eps)

@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from llama_jax.config.sampling import Greedy, TopP
 from llama_jax.generate.decode import Vocabulary, decode, prefill
@@ -113,7 +112,10 @@ def test_rows_end_at_their_own_limits():
     free = run(PROMPTS)
     limited = run(PROMPTS, new=[3, 12, 1, 7])
     assert [len(new) for new in limited[0]] == [3, 12, 1, 7]
-    same(limited, tuple([x[: len(y)] for x, y in zip(p, limited[0])] for p in free))
+    cut = [
+        [x[: len(y)] for x, y in zip(part, limited[0], strict=True)] for part in free
+    ]
+    same(limited, cut)
 
 
 def test_chunks_of_steps_make_the_whole_and_use_its_memory():
@@ -130,8 +132,8 @@ def test_chunks_of_steps_make_the_whole_and_use_its_memory():
     assert np.array_equal(after.tokens, whole.tokens)
 
 
-@pytest.mark.parametrize("sampler", [Greedy(), TopP(0.9, temperature=1.5)])
-def test_eight_devices_write_the_same(sampler):
+def test_eight_devices_write_the_same():
+    sampler = TopP(0.9, temperature=1.5)
     same(run(PROMPTS, mesh=EIGHT, sampler=sampler), run(PROMPTS, sampler=sampler))
 
 
@@ -139,7 +141,8 @@ def test_the_cache_is_split_over_the_mesh_and_the_rest_is_whole():
     sharded, _ = model(EIGHT)
     expected = sharded.sharding(LAYERS, BATCH, SEQUENCE, KV_HEADS, None)
     assert decoding_rules() == sharded.rules and not expected.is_fully_replicated
-    state = start(PROMPTS, mesh=EIGHT)
+    options = {"mesh": EIGHT, "sampler": TopP(0.9, temperature=1.5)}
+    state = start(PROMPTS, **options)
     for _ in range(2):
         for part in (state.cache.keys, state.cache.values):
             assert part.sharding.is_equivalent_to(expected, part.ndim)
@@ -147,7 +150,7 @@ def test_the_cache_is_split_over_the_mesh_and_the_rest_is_whole():
             assert part.dtype == jnp.float32
         rest = [getattr(state, f.name) for f in dataclasses.fields(state)[1:]]
         assert all(part.is_fully_replicated for part in rest)
-        state = go_on(state, mesh=EIGHT, steps=2)
+        state = go_on(state, **options, steps=2)
 
 
 def test_only_sizes_and_the_kind_of_sampler_are_compiled():
@@ -171,3 +174,12 @@ def test_padding_of_the_vocabulary_never_comes():
         assert max(max(new) for new in written) < 20
         assert np.isfinite(np.concatenate(logprobs)).all()
     assert max(max(new) for new in run(PROMPTS, sampler=hot)[0]) >= 20
+
+
+def test_each_position_of_each_row_draws_anew():
+    hot = TopP(1, temperature=1e6)
+    written, _ = run([[1]] * 4, sampler=hot)
+    assert len({tuple(new) for new in written}) == 4
+    assert all(len(set(new)) > 6 for new in written)
+    same_seeds, _ = run([[1]] * 4, sampler=hot, seeds=[(5, 6)] * 4)
+    assert len({tuple(new) for new in same_seeds}) == 1

@@ -44,10 +44,11 @@ def place(mesh: MeshConfig, *, num_devices: int, sequence_parallel: bool = False
 
 
 def make_batch(seed: int, *, rows: int = 8, length: int = 16) -> Batch:
-    """Random tokens; two documents a row; some targets that do not count."""
+    """Random tokens, two documents a row; odd rows have few targets that count."""
     rng = np.random.default_rng(seed)
     tokens = rng.integers(0, CONFIG.vocab_size, (rows, length + 1), dtype=np.int32)
     weights = (rng.random((rows, length)) < 0.8).astype(np.float32)
+    weights[1::2, 4:] = 0
     segments = np.zeros((rows, length), np.int32)
     segments[:, length // 3 :] = 1
     return Batch(
@@ -134,8 +135,11 @@ def one_device() -> ShardedLlama:
 
 @pytest.fixture(scope="session")
 def params(one_device):
-    """Initial parameters, on the host; larger than usual, so that attention is sharp."""
-    return jax.tree.map(lambda leaf: 4 * np.asarray(leaf), one_device.init(seed=0))
+    """Initial parameters, on the host; large matrices, so that attention is sharp."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: np.asarray(leaf) * (1 if path[-1].key == "scale" else 3),
+        one_device.init(seed=0),
+    )
 
 
 @pytest.fixture(scope="session")
