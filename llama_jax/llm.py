@@ -15,6 +15,7 @@ from llama_jax.checkpoint.params import (
     ARCHITECTURE,
     ParamsCheckpoint,
     open_params,
+    place,
     save_params,
 )
 from llama_jax.config import LlamaConfig
@@ -210,7 +211,7 @@ def open_checkpoint(
     Raises:
       CheckpointError: it does not exist, is not known, or is damaged.
     """
-    directory = epath.Path(path)
+    directory = place(path)
     if not directory.exists():
         raise CheckpointError(f"{path} does not exist: check the path.")
     if not directory.is_dir():

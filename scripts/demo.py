@@ -22,11 +22,11 @@ from scripts.kneser_ney import KneserNey, stream
 RUN = Path("runs/demo")
 DATA, TOKENIZER, CURVE = RUN / "data", RUN / "vocabulary.model", RUN / "loss.png"
 RECIPE = "configs/demo.py:small"
-TEXT = f"--tfds state_of_the_union --tfds-dir {RUN}/tfds"
+TEXT = f"--tfds shakespeare --tfds-dir {RUN}/tfds"
 PROMPTS = (
-    "The people of the United States",
-    "I recommend to the Congress",
-    "Our foreign relations",
+    "**KING**",
+    "My lord, ",
+    "_Enter ",
 )
 
 
@@ -59,11 +59,11 @@ def main() -> int:
     say("What to type next")
     print(f"""\
   source .venv/bin/activate
-  llama-jax generate {RUN} --prompt "The state of the Union"
+  llama-jax generate {RUN} --prompt "To be, or not to be"
   llama-jax inspect {RUN}
   llama-jax train {RECIPE} --workdir runs/longer --train.num-steps 3000
   llama-jax train configs/pretrain/llama2_7b.py:v5p_128 --dry-run
-  python -c 'import llama_jax; print(llama_jax.load("{RUN}").generate(["We must"]))'
+  python -c 'import llama_jax; print(llama_jax.load("{RUN}").generate(["Good morrow"]))'
 The loss curve is {CURVE}; docs/training.md goes on from here.""")
     return 0
 

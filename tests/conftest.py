@@ -41,6 +41,23 @@ def reference() -> Path:
     return Path(REFERENCE).resolve()
 
 
+@pytest.fixture
+def agree(request):
+    """A check that a difference is within a tolerance; the run's last lines list all.
+
+    `agree("logits", 3e-6, within=1e-4)` for this test's case.
+    """
+    name = getattr(request.node, "callspec", None)
+    case = name.id if name else request.node.name.removeprefix("test_")
+
+    def check(quantity: str, difference: float, *, within: float) -> None:
+        row = (case, quantity, float(difference), within)
+        request.node.user_properties.append(("agreement", row))
+        assert difference <= within, row
+
+    return check
+
+
 def pytest_configure(config):
     if REFERENCE and not Path(REFERENCE).is_dir():
         raise pytest.UsageError(
@@ -89,6 +106,7 @@ def pytest_terminal_summary(terminalreporter, config):
             "left out"
         )
         return
+    _print_agreement(terminalreporter)
     ran = sum(
         ("reference", True) in getattr(report, "user_properties", ())
         for outcome in ("passed", "failed")
@@ -96,3 +114,21 @@ def pytest_terminal_summary(terminalreporter, config):
         if report.when == "call"
     )
     terminalreporter.write_line(f"reference cases: {ran} ran from {REFERENCE}")
+
+
+def _print_agreement(terminalreporter):
+    """The worst difference of each quantity of each case, beside what is allowed."""
+    worst = {}
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.stats.get(outcome, ()):
+            for key, row in getattr(report, "user_properties", ()):
+                if key == "agreement" and report.when == "call":
+                    case, quantity, difference, within = row
+                    before, _ = worst.get((case, quantity), (0.0, within))
+                    worst[case, quantity] = max(before, difference), within
+    if worst:
+        terminalreporter.section("agreement with Meta's code: worst differences")
+    for (case, quantity), (difference, within) in sorted(worst.items()):
+        terminalreporter.write_line(
+            f"{case:28} {quantity:34} {difference:9.2e}  allowed {within:.0e}"
+        )

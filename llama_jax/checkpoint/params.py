@@ -67,6 +67,23 @@ class ParamsCheckpoint:
             ) from error
 
 
+def place(path: epath.PathLike) -> epath.Path:
+    """A path that can be used from here: a local one, or one in a bucket.
+
+    Raises:
+      CheckpointError: the package that reads such buckets is not installed.
+    """
+    try:
+        found = epath.Path(path)
+        found.exists()
+    except ImportError as error:
+        raise CheckpointError(
+            f"{path} is in a bucket, and the package that reads it is not installed "
+            f"({error}): for gs:// paths, pip install 'llama-jax[gcs]'."
+        ) from error
+    return found
+
+
 def save_params(
     directory: epath.PathLike,
     params: Tree,
@@ -78,7 +95,7 @@ def save_params(
     Raises:
       CheckpointError: the directory holds something already, or cannot be written.
     """
-    directory = epath.Path(directory)
+    directory = place(directory)
     if directory.exists() and any(directory.iterdir()):
         raise CheckpointError(
             f"{directory} is not empty: choose another place, or remove it first."

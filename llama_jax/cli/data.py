@@ -19,7 +19,7 @@ class Text:
     Attributes:
       train: .jsonl files (a document a line, in its field "text"), or text files.
       validation: the same, held out from training.
-      tfds: a data set, as state_of_the_union or c4/en, instead of files.
+      tfds: a data set, as shakespeare or c4/en, instead of files.
       tfds_dir: where tensorflow-datasets keeps it.
       dry_run: open everything, say what would be done, and stop.
     """

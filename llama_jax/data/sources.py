@@ -79,7 +79,7 @@ class Records(_Rows):
     """Documents of a random-access data source, such as TFDS makes.
 
     Args:
-      name: of this shard, for instance "sotu/1.0.0 train".
+      name: of this shard, for instance "c4/en train".
       records: `builder.as_data_source(split)`; the split may be a slice, so that a
         large one becomes many shards.
       field: of a record, that holds the text as a string or as UTF-8.

@@ -57,7 +57,6 @@ class KVCache:
 
         The slots must exist: nothing clamps or checks `start`.
         """
-
         # A scatter in place: updates of a slice, row by row, would copy the cache.
         rows_B1 = jnp.arange(k_BTKH.shape[0], dtype=jnp.int32)[:, None]
         slots_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)

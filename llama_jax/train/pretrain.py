@@ -13,7 +13,7 @@ from etils import epath
 import llama_jax
 from llama_jax.build import ShardedLlama, build
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.checkpoint.params import TOKENIZER
+from llama_jax.checkpoint.params import TOKENIZER, place
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
 from llama_jax.data import TrainingData, ValidationData, open_data
 from llama_jax.errors import CheckpointError, DataError
@@ -78,7 +78,7 @@ def pretrain(
     """
     hosts.start()
     hosts.cache_compilations()
-    workdir = epath.Path(workdir)
+    workdir = place(workdir)
     settings = recipe.train
     mesh = make_mesh(recipe.mesh)
     _require_rows_divide(recipe, mesh)

@@ -79,6 +79,8 @@ def test_a_misspelt_option_gets_the_nearest(capsys):
         (["generate", "nowhere", "--top-p", "0"], "top-p"),
         (["inspect", str(ROOT / "docs")], "no checkpoint of a kind that is known"),
         (["data", "tokenizer", "--output", "x"], "no text"),
+        (["generate", "gs://bucket/7b"], "pip install 'llama-jax[gcs]'"),
+        (["train", RECIPE, "--workdir", "gs://bucket/7b"], "'llama-jax[gcs]'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

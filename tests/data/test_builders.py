@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.data import Records
-from llama_jax.data.builders import Shakespeare, StateOfTheUnion, tfds_splits
+from llama_jax.data.builders import Shakespeare, tfds_splits
 from llama_jax.errors import DataError
 
 HELD_OUT = {b"the-comedy-of-errors", b"richard-iii"}
@@ -74,17 +74,3 @@ def test_a_data_set_by_its_name(builder):
     assert (train.name, len(list(train))) == ("shakespeare/1.0.0 train 0", 36)
     with pytest.raises(DataError, match="there is no data set 'shakespear'"):
         tfds_splits("shakespear", str(builder.data_path.parents[1]))
-
-
-def test_addresses_of_one_year_stay_together(tmp_path):
-    builder = StateOfTheUnion.in_directory(str(tmp_path))
-    builder.download_and_prepare()
-    years = {
-        split: {record["year"] for record in builder.as_data_source(split)}
-        for split in ("train", "validation")
-    }
-    num_bytes = {split: sum(map(len, texts(builder, split))) for split in years}
-    assert not years["train"] & years["validation"]
-    assert len(years["train"] | years["validation"]) > 220
-    assert sum(num_bytes.values()) > 11_000_000
-    assert 0.03 < num_bytes["validation"] / sum(num_bytes.values()) < 0.07

@@ -16,7 +16,13 @@ from llama_jax.conversion.rope import half_split_order
 from llama_jax.model import Llama, layers, mask
 from llama_jax.model.transformer import Block, unconstrained
 from llama_jax.train.losses import next_token_loss
-from tests.parity import tolerances
+from tests.parity.tolerances import (
+    BFLOAT16_MULTIPLE,
+    META_GRADIENT_RELATIVE,
+    META_HIDDEN,
+    META_LOGITS,
+    META_LOSS,
+)
 
 CASES = ("s1_mha_mp1_bf16", "s2_gqa_mp2_fp16", "s3_gqa_mp4_bf16_flat")
 
@@ -90,54 +96,53 @@ def case(request, reference) -> Case:
     return Case(reference / "oracle" / request.param)
 
 
-def test_logits(case):
-    np.testing.assert_allclose(
-        case.logits, case.arrays["logits"], rtol=0, atol=tolerances.META_LOGITS
-    )
+def far(got, expected) -> float:
+    """The largest absolute difference."""
+    return float(np.abs(np.asarray(got, np.float64) - expected).max())
 
 
-def test_log_probabilities_and_loss(case):
+def test_logits(case, agree):
+    agree("logits", far(case.logits, case.arrays["logits"]), within=META_LOGITS)
+
+
+def test_log_probabilities_and_loss(case, agree):
     predicted = jax.nn.log_softmax(case.logits[:, :-1])
     chosen = jnp.take_along_axis(predicted, case.tokens[:, 1:, None], axis=-1)[..., 0]
-    np.testing.assert_allclose(
-        chosen, case.arrays["token_logprobs"], rtol=0, atol=tolerances.META_LOGITS
-    )
-    assert float(case.loss) == pytest.approx(
-        float(case.arrays["loss"]), abs=tolerances.META_LOSS
-    )
+    given = case.arrays["token_logprobs"]
+    agree("token logprobs", far(chosen, given), within=META_LOGITS)
+    agree("loss", far(case.loss, case.arrays["loss"]), within=META_LOSS)
 
 
-def test_the_norm_of_every_gradient(case):
+def test_the_norm_of_every_gradient(case, agree):
     expected = case.facts["grad_norms"]
     assert case.gradient.keys() == expected.keys()
-    for name, gradient in case.gradient.items():
-        norm = float(np.linalg.norm(gradient.astype(np.float64)))
-        assert norm == pytest.approx(
-            expected[name], rel=tolerances.META_GRADIENT_RELATIVE
-        ), name
-    total = np.sqrt(
-        sum(np.sum(g.astype(np.float64) ** 2) for g in case.gradient.values())
-    )
-    assert total == pytest.approx(
-        case.facts["grad_norm_total"], rel=tolerances.META_GRADIENT_RELATIVE
+    norms = {
+        name: float(np.linalg.norm(gradient.astype(np.float64)))
+        for name, gradient in case.gradient.items()
+    }
+    for name, norm in norms.items():
+        difference = abs(norm / expected[name] - 1)
+        agree("gradient norms, relative", difference, within=META_GRADIENT_RELATIVE)
+    total = np.linalg.norm(list(norms.values())) / case.facts["grad_norm_total"]
+    agree(
+        "whole gradient's norm, relative", abs(total - 1), within=META_GRADIENT_RELATIVE
     )
 
 
-def test_gradients_value_by_value(case):
+def test_gradients_value_by_value(case, agree):
     names = [name for name in case.arrays if name.startswith("grad/")]
     assert len(names) == 5
     for name in names:
         expected = case.arrays[name]
-        np.testing.assert_allclose(
-            case.gradient[name.removeprefix("grad/")],
-            expected,
-            rtol=0,
-            atol=tolerances.META_GRADIENT_RELATIVE * np.abs(expected).max(),
-            err_msg=name,
+        off = far(case.gradient[name.removeprefix("grad/")], expected)
+        agree(
+            "gradients, relative to the largest",
+            off / np.abs(expected).max(),
+            within=META_GRADIENT_RELATIVE,
         )
 
 
-def test_hidden_states_after_each_block(case):
+def test_hidden_states_after_each_block(case, agree):
     """Block by block in a Python loop, with the scan's parameters unstacked."""
     config, expected = case.config, case.arrays["hidden_states"]
     positions = jnp.arange(case.tokens.shape[1])[None]
@@ -156,9 +161,7 @@ def test_hidden_states_after_each_block(case):
     np.testing.assert_array_equal(x, expected[0])
     for layer in range(config.num_layers):
         x = run(jax.tree.map(lambda p, i=layer: p[i], case.params["blocks"]), x)
-        np.testing.assert_allclose(
-            x, expected[layer + 1], rtol=0, atol=tolerances.META_HIDDEN
-        )
+        agree("hidden states", far(x, expected[layer + 1]), within=META_HIDDEN)
 
 
 def test_bfloat16_is_no_further_off_than_metas(case):
@@ -167,5 +170,5 @@ def test_bfloat16_is_no_further_off_than_metas(case):
     metas = np.abs(case.arrays["logits_bf16_compute"] - case.arrays["logits"])
     ours = np.abs(np.asarray(got) - case.arrays["logits"])
     assert got.dtype == jnp.float32
-    assert 0 < ours.max() < tolerances.BFLOAT16_MULTIPLE * metas.max()
-    assert ours.mean() < tolerances.BFLOAT16_MULTIPLE * metas.mean()
+    assert 0 < ours.max() < BFLOAT16_MULTIPLE * metas.max()
+    assert ours.mean() < BFLOAT16_MULTIPLE * metas.mean()

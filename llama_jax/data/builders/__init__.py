@@ -5,11 +5,10 @@ from typing import Any
 import tensorflow_datasets as tfds
 
 from llama_jax.data.builders.shakespeare import Shakespeare
-from llama_jax.data.builders.state_of_the_union import StateOfTheUnion
 from llama_jax.data.sources import Documents, Records
 from llama_jax.errors import DataError
 
-__all__ = ["Shakespeare", "StateOfTheUnion", "tfds_splits"]
+__all__ = ["Shakespeare", "tfds_splits"]
 
 
 def tfds_splits(name: str, directory: str) -> dict[str, list[Documents]]:
@@ -18,8 +17,7 @@ def tfds_splits(name: str, directory: str) -> dict[str, list[Documents]]:
     Each of its shards is a source, and so becomes one file of rows.
 
     Args:
-      name: as "shakespeare", "state_of_the_union" or "c4/en"; its records need a field
-        "text".
+      name: as "shakespeare" or "c4/en"; its records need a field "text".
       directory: where TFDS keeps its data sets.
 
     Raises:
@@ -33,7 +31,7 @@ def tfds_splits(name: str, directory: str) -> dict[str, list[Documents]]:
     except tfds.core.registered.DatasetNotFoundError:
         raise DataError(
             f"there is no data set {name!r}: give one that tensorflow-datasets lists, "
-            "or 'shakespeare' or 'state_of_the_union'."
+            "or 'shakespeare'."
         ) from None
     try:
         builder.download_and_prepare()
