@@ -54,10 +54,17 @@ def global_rows(local: Any, sharding: jax.sharding.NamedSharding) -> Any:
     Args:
       local: a tree of arrays, [rows of this host, ...].
       sharding: the layout of the whole; hosts' rows follow one another.
+
+    Raises:
+      ValueError: the layout gives two hosts the same rows, as where `tensor` spans
+        hosts; each of these would bring other ones.
     """
-    return jax.tree.map(
-        lambda rows: jax.make_array_from_process_local_data(sharding, rows), local
-    )
+
+    def whole(rows: np.ndarray) -> jax.Array:
+        shape = (rows.shape[0] * jax.process_count(), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return jax.tree.map(whole, local)
 
 
 def require_agreement(**facts: Any) -> None:

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
@@ -100,6 +101,8 @@ def save_params(
         raise CheckpointError(
             f"{directory} is not empty: choose another place, or remove it first."
         )
+    # All hosts have looked before the first one writes.
+    multihost_utils.sync_global_devices("save_params")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         if jax.process_index() == 0:
