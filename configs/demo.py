@@ -15,7 +15,7 @@ from sharding import MeshConfig
 
 
 def small() -> PretrainRecipe:
-    """About 4 million parameters, 2,048 pieces, 512 tokens a step."""
+    """About 4 million parameters, 2,048 pieces, 1,024 tokens a step."""
     sequence_length = 128
     return PretrainRecipe(
         model=LlamaConfig(
@@ -32,16 +32,16 @@ def small() -> PretrainRecipe:
         data=DataConfig(
             paths=("runs/demo/data",), sequence_length=sequence_length, seed=0
         ),
-        optimizer=paper_optimizer(peak_lr=1e-3, warmup_steps=200),
+        optimizer=paper_optimizer(peak_lr=1e-3, warmup_steps=150),
         train=TrainConfig(
-            num_steps=2800,
-            batch_size=4,
+            num_steps=1750,
+            batch_size=8,
             accumulate=1,
             compute_dtype="float32",
             remat="none",
             seed=0,
-            validate_every=700,
-            checkpoint_every=200,
+            validate_every=350,
+            checkpoint_every=125,
             keep_latest=2,
             keep_period=0,
             on_bad_step="stop",
