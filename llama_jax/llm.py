@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Int
+from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama, build
 from llama_jax.checkpoint.manager import CHECKPOINTS, open_run
@@ -73,8 +74,8 @@ class LLM:
         """The tokenizer, if the model has one."""
         return self._tokenizer
 
-    def logits(self, tokens: Int[np.ndarray, "B T"]) -> Float[np.ndarray, "B T V"]:
-        """Logits of the token after each, float32, for whole rows of ids.
+    def logits(self, tokens: ArrayLike) -> Float[np.ndarray, "B T V"]:
+        """Logits of the token after each, float32, for rows of ids, int[B, T].
 
         Raises:
           GenerationError: no rows of equal length, ids that are none, or rows longer
@@ -82,8 +83,8 @@ class LLM:
         """
         return score.logits(self._sharded, self._params, self._rows(tokens, least=1))
 
-    def loss(self, tokens: Int[np.ndarray, "B T"]) -> float:
-        """The mean cross-entropy, in nats, of every token but the first of each row.
+    def loss(self, tokens: ArrayLike) -> float:
+        """The mean cross-entropy, in nats, of every token of int[B, T] but each first.
 
         Raises:
           GenerationError: as `logits`; or rows of one token, which predict nothing.
@@ -143,16 +144,20 @@ class LLM:
         """
         save_params(path, self.params, self.config, self.tokenizer)
 
-    def _rows(self, tokens: Int[np.ndarray, "B T"], *, least: int) -> list[list[int]]:
+    def _rows(self, tokens: ArrayLike, *, least: int) -> list[list[int]]:
+        try:
+            given = list(np.asarray(tokens))
+        except (ValueError, TypeError):  # rows of several lengths, or no rows at all
+            given = list[np.ndarray]()
         rows = [
             require_ids(ids, name=f"tokens[{i}]", vocab_size=self.config.vocab_size)
-            for i, ids in enumerate(np.asarray(tokens))
+            for i, ids in enumerate(given)
         ]
         max_length = self.config.max_length
         if not rows or not least <= len(rows[0]) <= max_length:
             raise GenerationError(
-                f"tokens has shape {np.shape(tokens)}: give at least one row, of "
-                f"{least} to {max_length} ids (max_length, which loading can raise)."
+                f"tokens is {tokens!r:.60}: give at least one row, all of one length, "
+                f"of {least} to {max_length} ids (max_length, which loading can raise)."
             )
         return rows
 

@@ -15,37 +15,39 @@ from sharding.errors import ShardingError
 
 _log = logging.getLogger(__name__)
 
-# Set by TPU VMs, GKE and the common schedulers where a job has more than one process.
-_CLUSTER_VARIABLES = (
-    "JAX_COORDINATOR_ADDRESS",
-    "MEGASCALE_COORDINATOR_ADDRESS",
-    "SLURM_JOB_NUM_NODES",
-)
-
 _CACHE_DIR = "jax_compilation_cache_dir"
 
 
 def start() -> None:
     """Join the other hosts of this job, if there are any; before any device is used.
 
-    On a TPU VM JAX finds the others by itself; elsewhere JAX_COORDINATOR_ADDRESS,
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+    JAX finds them by itself on TPU VMs and GKE, under Slurm and MPI; elsewhere
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+
+    Raises:
+      ShardingError: these variables are set, and there is no joining by them.
     """
     if jax.distributed.is_initialized():
         return
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "")
-    alone = "," not in workers and not any(map(os.environ.get, _CLUSTER_VARIABLES))
-    if alone:
-        return
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address and "JAX_NUM_PROCESSES" in os.environ:
-        jax.distributed.initialize(
-            coordinator_address=address,
-            num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
-            process_id=int(os.environ["JAX_PROCESS_ID"]),
-        )
-    else:
-        jax.distributed.initialize()
+    try:
+        if address is None:
+            jax.distributed.initialize()
+        else:
+            jax.distributed.initialize(
+                coordinator_address=address,
+                num_processes=int(os.environ["JAX_NUM_PROCESSES"]),
+                process_id=int(os.environ["JAX_PROCESS_ID"]),
+            )
+    except (ValueError, RuntimeError, KeyError) as error:
+        # Without an address: no cluster was found, or devices are in use already.
+        if address is not None:
+            raise ShardingError(
+                f"cannot join the hosts at {address}: {type(error).__name__}: {error}. "
+                "Set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID on "
+                "every host, before JAX uses a device."
+            ) from error
+        _log.debug("One host alone: %s", error)
 
 
 def global_rows(local: Any, sharding: jax.sharding.NamedSharding) -> Any:
@@ -101,11 +103,13 @@ def _digest(fact: Any) -> np.ndarray:
 def cache_compilations() -> None:
     """Keep compiled programs on disk, so that the next process need not compile them.
 
-    In JAX_COMPILATION_CACHE_DIR, or the user's cache directory. One that cannot be
-    written is a warning: everything works without, only later.
+    Where JAX is told already (JAX_COMPILATION_CACHE_DIR), nothing changes; else it is
+    told, for this process: the user's cache directory. One that cannot be written is a
+    warning: everything works without, only later.
     """
     directory = getattr(jax.config, _CACHE_DIR)
-    if directory is None:
+    chosen = directory is not None
+    if not chosen:
         home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
         directory = os.path.join(home, "llama-jax", "compilations")
     if "://" not in directory:
@@ -121,5 +125,6 @@ def cache_compilations() -> None:
             )
             jax.config.update(_CACHE_DIR, None)
             return
-    jax.config.update(_CACHE_DIR, directory)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if not chosen:
+        jax.config.update(_CACHE_DIR, directory)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

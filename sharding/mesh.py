@@ -23,7 +23,7 @@ _AUTO = (jax.sharding.AxisType.Auto,) * len(axes.MESH_AXES)
 class MeshConfig:
     """Devices per mesh axis: within a slice (ICI), and across slices (DCN).
 
-    Each mesh axis has the size of its two factors' product. Exactly one factor within a
+    Each mesh axis has the size of its two factors' product. At most one factor within a
     slice may be -1, "all that are left".
 
     Attributes:
@@ -123,7 +123,9 @@ def make_mesh(
             f"{len(slices)}."
         )
     if len(slices) > 1:
-        grid = mesh_utils.create_hybrid_device_mesh(config.ici, config.dcn, devices)
+        grid = mesh_utils.create_hybrid_device_mesh(
+            config.ici, config.dcn, devices, allow_split_physical_axes=True
+        )
     else:
         # One slice, or a machine that knows no slices (CPU): DCN factors are outermost.
         shape = [d * i for d, i in zip(config.dcn, config.ici, strict=True)]

@@ -58,9 +58,11 @@ def test_it_writes_as_its_generator_does_with_metas_sampler():
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
-        ([], r"shape \(0,\).*at least one row, of 1 to 32"),
+        ([], r"tokens is \[\]: .*at least one row, .*of 1 to 32"),
         ([1, 2], r"tokens\[0\] is .*1.*: give a list"),
-        ([[1] * 33], r"shape \(1, 33\)"),
+        ([[1] * 33], r"of 1 to 32 ids"),
+        ([[1, 2], [3]], r"all of one length"),
+        (5, r"tokens is 5: "),
         ([[0.5, 1]], r"tokens\[0\] is .*integers"),
         ([[1, 2], [3, 384]], r"tokens\[1\] has the id 384 at position 1.*0 to 383"),
         ([[]], r"tokens\[0\] has no token ids"),
@@ -72,7 +74,7 @@ def test_logits_of_what_are_no_rows(tokens, message):
 
 
 def test_one_token_has_no_loss():
-    with pytest.raises(GenerationError, match=r"shape \(1, 1\).*of 2 to 32 ids"):
+    with pytest.raises(GenerationError, match=r"tokens is .*of 2 to 32 ids"):
         LLM(*model(), None).loss([[1]])
 
 

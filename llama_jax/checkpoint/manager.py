@@ -75,8 +75,19 @@ class RunCheckpoints:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Wait until what was saved is on disk."""
-        self._manager.close()
+        """Wait until what was saved is on disk.
+
+        Raises:
+          CheckpointError: it could not be written.
+        """
+        try:
+            self._manager.close()
+        except (OSError, ValueError, RuntimeError) as failure:
+            if kind is None:
+                raise CheckpointError(
+                    f"the last checkpoint could not be written to {self._directory}: "
+                    f"{first_line(failure)}. The steps before it are whole."
+                ) from failure
 
     @property
     def steps(self) -> list[int]:
@@ -107,7 +118,7 @@ class RunCheckpoints:
                 ),
                 force=True,
             )
-        except OSError as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise CheckpointError(
                 f"step {step} cannot be written to {self._directory}: {error}. The "
                 "steps before it are whole."

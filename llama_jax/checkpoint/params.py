@@ -97,7 +97,7 @@ def save_params(
       CheckpointError: the directory holds something already, or cannot be written.
     """
     directory = place(directory)
-    if directory.exists() and any(directory.iterdir()):
+    if directory.exists() and not all(map(_is_unfinished, directory.iterdir())):
         raise CheckpointError(
             f"{directory} is not empty: choose another place, or remove it first."
         )
@@ -116,6 +116,13 @@ def save_params(
             )
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}.") from error
+
+
+def _is_unfinished(entry: epath.Path) -> bool:
+    """Whether a file is one that an interrupted save leaves; `params` comes last."""
+    return entry.name in (ARCHITECTURE, TOKENIZER) or entry.name.startswith(
+        f"{PARAMS}."
+    )
 
 
 def open_params(directory: epath.PathLike) -> ParamsCheckpoint:

@@ -21,7 +21,7 @@ class Text:
       validation: the same, held out from training.
       tfds: a data set, as shakespeare or c4/en, instead of files.
       tfds_dir: where tensorflow-datasets keeps it.
-      dry_run: open everything, say what would be done, and stop.
+      dry_run: say what would be done, and stop; nothing is downloaded.
     """
 
     train: tuple[str, ...] = ()
@@ -76,9 +76,12 @@ def run(argv: Sequence[str]) -> int:
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
+    if step.dry_run and step.tfds is not None:
+        print(f"{step.output} from {step.tfds}, kept in {step.tfds_dir}")
+        return 0
     splits = step.splits()
-    names = {name: len(sources) for name, sources in splits.items()}
     if step.dry_run:
+        names = {name: len(sources) for name, sources in splits.items()}
         print(f"{step.output} from {names} (sources a split)")
     elif isinstance(step, TokenizerStep):
         documents = (text for source in splits["train"] for text in source)

@@ -5,12 +5,14 @@ import json
 import sys
 from collections.abc import Sequence
 
+import jax
 import tyro
 
 import llama_jax
 from llama_jax.config.sampling import TopP
 from llama_jax.llm import open_checkpoint
 from llama_jax.model import num_params
+from sharding import MeshConfig, make_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,7 @@ class Options:
       top_p: draw among the likeliest tokens that together have this probability.
       seed: the same seed writes the same text.
       dtype: float32 or bfloat16; that of the files, if not given.
+      tensor: devices that each layer is split over.
       tokenizer: tokenizer.model, if it is not beside the weights.
       max_length: the context in tokens, where the files do not say.
       json: one JSON object a prompt, with tokens and log-probabilities.
@@ -38,6 +41,7 @@ class Options:
     top_p: float = 0.9
     seed: int = 0
     dtype: str | None = None
+    tensor: int = 1
     tokenizer: str | None = None
     max_length: int = 4096
     json: bool = False
@@ -60,8 +64,12 @@ def run(argv: Sequence[str]) -> int:
             f"{source.dtype}; {len(options.prompt)} prompts, {sampler}"
         )
         return 0
+    mesh = make_mesh(
+        MeshConfig(fsdp=1, tensor=options.tensor), jax.devices()[: options.tensor]
+    )
     llm = llama_jax.load(
         options.checkpoint,
+        mesh=mesh,
         dtype=options.dtype,
         max_length=options.max_length,
         tokenizer=options.tokenizer,
@@ -72,8 +80,9 @@ def run(argv: Sequence[str]) -> int:
         "seed": options.seed,
     }
     if len(options.prompt) == 1 and not options.json:
+        pieces = llm.stream(options.prompt[0], **settings)
         sys.stdout.write(options.prompt[0])
-        for piece in llm.stream(options.prompt[0], **settings):
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()

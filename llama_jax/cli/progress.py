@@ -54,7 +54,7 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                     print(f"step {step}/{num_steps}  {_text(record)}", flush=True)
 
         def watch(record: dict[str, Any]) -> None:
-            if "loss" in record:
+            if record.get("loss") is not None:
                 show(record)
             elif "validation_loss" in record:
                 console.print(
@@ -75,7 +75,7 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
 def _text(record: dict[str, Any]) -> str:
     parts = [
         f"loss {record['loss']:.4f}",
-        f"gradient {record['grad_norm']:.2f}",
+        f"gradient {record['grad_norm'] or 0:.2f}",
         f"lr {record['learning_rate']:.2e}",
     ]
     if record["tokens_per_second"] is not None:

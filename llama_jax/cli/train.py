@@ -47,8 +47,9 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     if not argv or argv[0].startswith("-"):
-        print(_USAGE, end="", file=sys.stdout if "--help" in argv else sys.stderr)
-        return 0 if "--help" in argv else 2
+        asked = "--help" in argv or "-h" in argv
+        print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
     options = tyro.cli(
         Options,
         args=argv,
@@ -87,8 +88,9 @@ def _first_and_last(steps: str | None) -> tuple[int, int] | None:
     if steps is None:
         return None
     first, colon, last = steps.partition(":")
-    if not (first.isdigit() and (last.isdigit() if colon else True)):
+    last = last if colon else first
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
         raise RecipeError(
             f"--profile {steps}: give the first and the last step, as 10:12."
         )
-    return int(first), int(last if colon else first)
+    return int(first), int(last)

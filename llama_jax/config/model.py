@@ -248,7 +248,7 @@ class LlamaConfig:
                 dim=params["dim"],
                 num_layers=params["n_layers"],
                 num_heads=params["n_heads"],
-                num_kv_heads=params.get("n_kv_heads") or params["n_heads"],
+                num_kv_heads=_given(params, "n_kv_heads", params["n_heads"]),
                 hidden_dim=hidden_dim(
                     params["dim"],
                     multiple_of=params["multiple_of"],
@@ -299,8 +299,9 @@ class LlamaConfig:
                 dim=config["hidden_size"],
                 num_layers=config["num_hidden_layers"],
                 num_heads=config["num_attention_heads"],
-                num_kv_heads=config.get("num_key_value_heads")
-                or config["num_attention_heads"],
+                num_kv_heads=_given(
+                    config, "num_key_value_heads", config["num_attention_heads"]
+                ),
                 hidden_dim=config["intermediate_size"],
                 norm_eps=config["rms_norm_eps"],
                 rope_theta=float(rope_theta),
@@ -349,6 +350,12 @@ def _read_json(
     if not isinstance(content, dict):
         raise ConfigError(f"{path} holds {type(content).__name__}, not an object.")
     return str(path), content
+
+
+def _given(fields: Mapping[str, Any], name: str, default: Any) -> Any:
+    """A field that may be absent or null; 0 is neither."""
+    value = fields.get(name)
+    return default if value is None else value
 
 
 def _require_known_keys(where: str, params: Mapping[str, Any]) -> None:

@@ -150,7 +150,7 @@ def load_recipe(place: str) -> PretrainRecipe:
         raise RecipeError(
             f"{path} has no recipe {name!r}.{hint} It has {', '.join(functions)}."
         )
-    recipe = functions[name]()
+    recipe = _called(place, functions[name])
     if not isinstance(recipe, PretrainRecipe):
         raise RecipeError(
             f"{place} returned {type(recipe).__name__}, not a PretrainRecipe."
@@ -195,15 +195,21 @@ def _run_file(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise RecipeError(f"{path} is not a Python file: recipes are Python functions.")
     module = importlib.util.module_from_spec(spec)
+    loader = spec.loader
+    _called(str(path), lambda: loader.exec_module(module))
+    return module
+
+
+def _called(what: str, function: Callable[[], Any]) -> Any:
+    """What a user's own code gives; its mistakes are errors of the recipe."""
     try:
-        spec.loader.exec_module(module)
+        return function()
     except (LlamaError, ShardingError):
         raise
     except Exception as error:
         raise RecipeError(
-            f"{path} cannot be run: {type(error).__name__}: {error}."
+            f"{what} cannot be run: {type(error).__name__}: {error}."
         ) from error
-    return module
 
 
 def _recipe_functions(module: ModuleType) -> dict[str, Callable[[], Any]]:

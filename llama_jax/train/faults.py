@@ -45,7 +45,7 @@ class Guard:
         stop = self._preempted(step)
         last = step == self.settings.num_steps
         return Decision(
-            validate=not stop and (last or step % self.settings.validate_every == 0),
+            validate=last or (not stop and step % self.settings.validate_every == 0),
             save=stop or last or step % self.settings.checkpoint_every == 0,
             stop=stop,
         )
@@ -95,7 +95,7 @@ def memory_advice(settings: TrainConfig) -> Iterator[None]:
         reason = str(error).splitlines()[0] if str(error) else "MemoryError"
         raise TrainingError(
             f"the training step does not fit into memory ({reason}). Remedies, "
-            f"cheapest first: --train.remat full (now {settings.remat}); more "
+            f"cheapest first: --train.remat full (it is {settings.remat}); more "
             f"--train.accumulate (now {settings.accumulate}); a smaller "
             f"--train.batch-size (now {settings.batch_size}); more shards, by "
             "--mesh.fsdp or --mesh.tensor."

@@ -74,8 +74,9 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
                 run.sink.flush()  # a bad step is found before it is saved
             if decision.validate:
                 with clock.measure("validate"):
-                    loss = validation_loss(run, state)
-                run.sink.write(step, validation_loss=loss)
+                    loss = validation_loss(run, state, guard)
+                if loss is not None:
+                    run.sink.write(step, validation_loss=loss)
             if decision.save:
                 with clock.measure("save"):
                     run.checkpoints.save(step, to_items(state), position, run.recipe)
@@ -86,10 +87,12 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
     return step >= settings.num_steps
 
 
-def validation_loss(run: Run, state: TrainState) -> float:
-    """Mean loss over every token of the validation split, in nats."""
+def validation_loss(run: Run, state: TrainState, guard: faults.Guard) -> float | None:
+    """Mean loss over every token of the validation split, in nats; None if stopped."""
     loss_sum = weight_sum = 0.0
     for batch in run.validation():
+        if guard.stop_requested:  # saving must not wait for a whole split
+            return None
         loss, weight = run.eval_step(state.params, batch)
         loss_sum += float(loss)
         weight_sum += float(weight)

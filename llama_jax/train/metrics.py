@@ -2,6 +2,8 @@
 
 import contextlib
 import json
+import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import TracebackType
@@ -15,6 +17,8 @@ from llama_jax.config.recipe import PretrainRecipe
 from llama_jax.errors import TrainingError
 from llama_jax.model.count import train_flops_per_token
 from llama_jax.train.step import Measured
+
+_log = logging.getLogger(__name__)
 
 METRICS = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
@@ -104,7 +108,9 @@ class Sink:
             workdir = epath.Path(workdir)
             self._path = workdir / METRICS
             kept = _records_up_to(self._path, start_step)
-            self._path.write_text("".join(json.dumps(r) + "\n" for r in kept))
+            self._lines = [json.dumps(record) + "\n" for record in kept]
+            self._appends = "://" not in str(self._path)  # a bucket cannot
+            self._rewrite()
             self._board = SummaryWriter(
                 str(workdir / TENSORBOARD), purge_step=start_step + 1
             )
@@ -141,17 +147,27 @@ class Sink:
         if before is not None:
             self._write_step(*before)
         self._last_read = None
+        if self._writes and not self._appends:
+            self._rewrite()
 
     def write(self, step: int, **values: Any) -> None:
         """Write any other values of a step."""
         record = {"step": step, **values}
         if self._writes:
-            with self._path.open("a") as lines:
-                lines.write(json.dumps(record) + "\n")
+            self._lines.append(json.dumps(record) + "\n")
+            if self._appends:
+                with self._path.open("a") as file:
+                    file.write(self._lines[-1])
             for name, value in values.items():
-                if isinstance(value, int | float) and value is not None:
+                if isinstance(value, int | float):
                     self._board.add_scalar(name, value, step)
         self._watch(record)
+
+    def _rewrite(self) -> None:
+        """All lines at once, so that a kill leaves the old file or the new one."""
+        partial = self._path.parent / f".{METRICS}.partial"
+        partial.write_text("".join(self._lines))
+        partial.replace(self._path)
 
     def _write_step(self, step: int, measured: Measured) -> None:
         read: Measured = jax.device_get(measured)
@@ -166,22 +182,32 @@ class Sink:
         self._last_read = now
         self.write(
             step,
-            loss=float(read.loss),
-            grad_norm=float(read.grad_norm),
+            loss=_finite(read.loss),
+            grad_norm=_finite(read.grad_norm),
             learning_rate=float(read.learning_rate),
             num_tokens=float(read.num_tokens),
             applied=bool(read.applied),
             tokens_per_second=rate,
             mfu=mfu,
         )
-        if not read.applied and self._recipe.train.on_bad_step == "stop":
-            raise TrainingError(
+        if not read.applied:
+            bad = (
                 f"step {step}: loss {float(read.loss)}, gradient norm "
-                f"{float(read.grad_norm)}. The update was not applied and the last "
-                "checkpoint is good. Look at the data of this step, lower "
-                "--optimizer.peak-lr, or go on past such steps with "
+                f"{float(read.grad_norm)}. The update was not applied"
+            )
+            if self._recipe.train.on_bad_step == "skip":
+                _log.warning("%s; going on with the next step.", bad)
+                return
+            raise TrainingError(
+                f"{bad} and the last checkpoint is good. Look at the data of this "
+                "step, lower --optimizer.peak-lr, or go on past such steps with "
                 "--train.on-bad-step skip."
             )
+
+
+def _finite(value: Any) -> float | None:
+    """A number as JSON has it: no NaN and no infinity there."""
+    return float(value) if math.isfinite(value) else None
 
 
 def _peak_flops() -> float | None:

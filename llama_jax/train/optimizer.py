@@ -10,7 +10,8 @@ from sharding.axes import Tree
 def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     """Learning rate of each step: linear from 0 to the peak, then half a cosine.
 
-    Reaches `final_lr_fraction` of the peak at `num_steps`, and stays there.
+    Reaches `final_lr_fraction` of the peak at `num_steps`, if that lies behind the
+    warm-up.
     """
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,

@@ -15,11 +15,12 @@ from llama_jax.build import ShardedLlama, build
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.checkpoint.params import TOKENIZER, place
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
-from llama_jax.data import TrainingData, ValidationData, open_data
+from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
 from llama_jax.errors import CheckpointError, DataError
 from llama_jax.llm import open_checkpoint
 from llama_jax.model import param_axes
 from llama_jax.model.count import abstract_params
+from llama_jax.text import Tokenizer
 from llama_jax.train import faults, loop
 from llama_jax.train.metrics import Record, Sink
 from llama_jax.train.optimizer import make_optimizer, make_schedule
@@ -80,9 +81,9 @@ def pretrain(
     hosts.cache_compilations()
     workdir = place(workdir)
     settings = recipe.train
+    sets = _agreed_data(recipe, workdir=str(workdir), init_from=str(init_from))
     mesh = make_mesh(recipe.mesh)
     _require_rows_divide(recipe, mesh)
-    _check_data(recipe, workdir)
     sharded = build(
         recipe.model,
         mesh,
@@ -95,8 +96,10 @@ def pretrain(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
     )
     with checkpoints, faults.memory_advice(settings):
+        hosts.require_agreement(checkpoints=checkpoints.steps)
+        _keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
         state, position = _restore_or(
-            init_from, recipe, sharded, optimizer, checkpoints
+            init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
         rows = batch_sharding(sharded)
         share = {
@@ -163,11 +166,29 @@ def _require_rows_divide(recipe: PretrainRecipe, mesh: AnyMesh) -> None:
             f"{dict(mesh.shape)} x accumulate {recipe.train.accumulate}: choose a "
             f"multiple of {parts}."
         )
+    if axis_size(mesh, rules.mesh_axes(BATCH)) % jax.process_count():
+        raise ShardingError(
+            f"{' x '.join(rules.mesh_axes(BATCH))} of the mesh {dict(mesh.shape)} do "
+            f"not split the batch over {jax.process_count()} hosts, each of which "
+            "reads rows of its own: keep tensor and context within a host's chips."
+        )
 
 
-def _check_data(recipe: PretrainRecipe, workdir: epath.Path) -> None:
-    """The data fit the model and are the same on every host; keep their tokenizer."""
-    sets = open_data(recipe.data)
+def _agreed_data(recipe: PretrainRecipe, **facts: str) -> list[Prepared]:
+    """The data, opened; every host has the same, and they fit the model."""
+    problem, sets = "", list[Prepared]()
+    try:
+        sets = open_data(recipe.data)
+    except DataError as error:
+        problem = str(error)  # raised below, after all hosts have said what they see
+    hosts.require_agreement(
+        recipe=to_json(recipe),
+        data=[prepared.digest for prepared in sets] or problem,
+        version=llama_jax.__version__,
+        **facts,
+    )
+    if problem:
+        raise DataError(problem)
     for prepared in sets:
         if prepared.vocab_size > recipe.model.vocab_size:
             raise DataError(
@@ -175,14 +196,23 @@ def _check_data(recipe: PretrainRecipe, workdir: epath.Path) -> None:
                 f"pieces, and model.vocab_size is {recipe.model.vocab_size}: some ids "
                 "would have no embedding. Prepare the data with the model's tokenizer."
             )
-    hosts.require_agreement(
-        recipe=to_json(recipe),
-        data=[prepared.digest for prepared in sets],
-        version=llama_jax.__version__,
-    )
-    if jax.process_index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
-        (workdir / TOKENIZER).write_bytes((sets[0].path / TOKENIZER).read_bytes())
+    return sets
+
+
+def _keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> None:
+    """Put the tokenizer of the data beside the checkpoints."""
+    kept, source = workdir / TOKENIZER, data.path / TOKENIZER
+    try:
+        content = source.read_bytes()
+        if resumed and kept.exists() and kept.read_bytes() != content:
+            raise CheckpointError(
+                f"{workdir} holds a run with another tokenizer than {data.path}: its "
+                "ids mean other text. Use another --workdir."
+            )
+        if jax.process_index() == 0:
+            kept.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 
 
 def _restore_or(
@@ -191,6 +221,7 @@ def _restore_or(
     sharded: ShardedLlama,
     optimizer: optax.GradientTransformation,
     checkpoints: RunCheckpoints,
+    data: Prepared,
 ) -> tuple[TrainState, int]:
     """Resume, else warm start, else fresh parameters; and the place in the data."""
     restored = checkpoints.restore(
@@ -219,6 +250,8 @@ def _restore_or(
             + "; ".join(f"{field} is {change}" for field, change in other.items())
             + ". Use a recipe of its sizes."
         )
+    if source.tokenizer_path is not None:
+        data.require_tokenizer(Tokenizer(source.tokenizer_path).digest)
     params = source.load(sharded.param_shardings, dtype=jnp.dtype("float32"))
     _log.info("Beginning with the parameters of %s.", init_from)
     return fresh_state(sharded, optimizer, params), 0

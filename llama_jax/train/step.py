@@ -25,7 +25,7 @@ from sharding.axes import Tree
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """What a step tells, all float32 scalars on the device.
+    """What a step tells, all scalars on the device.
 
     Attributes:
       loss: mean over the batch's tokens, nats.

@@ -115,6 +115,12 @@ def test_interrupted_saving_is_no_checkpoint(saved):
         open_params(saved)
 
 
+def test_interrupted_saving_can_be_done_again(saved, params):
+    (saved / "params").rename(saved / "params.orbax-checkpoint-tmp")
+    save_params(saved, params, CONFIG, None)
+    assert open_params(saved).config == CONFIG
+
+
 def test_a_damaged_file_is_said(saved):
     for file in (saved / "params").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])

@@ -74,6 +74,8 @@ def test_a_misspelt_option_gets_the_nearest(capsys):
         (["train", "configs/none.py:x"], "does not exist"),
         (["train", f"{RECIPE}r", "--dry-run"], "Did you mean 'small'?"),
         (["train", RECIPE, "--profile", "3-4"], "--profile 3-4"),
+        (["train", RECIPE, "--profile", "5:2"], "--profile 5:2"),
+        (["data", "tokenizer", "--tfds", "shakespeare/x", "--output", "x"], "no data"),
         (["train", RECIPE, "--dry-run", "--mesh.tensor", "3"], "tensor=3"),
         (["generate", "nowhere"], "nowhere does not exist"),
         (["generate", "nowhere", "--top-p", "0"], "top-p"),

@@ -11,7 +11,14 @@ import jax
 import numpy as np
 import pytest
 
-from sharding import MeshConfig, array_sharding, hosts, make_mesh, training_rules
+from sharding import (
+    MeshConfig,
+    ShardingError,
+    array_sharding,
+    hosts,
+    make_mesh,
+    training_rules,
+)
 
 NUM_HOSTS = 2
 
@@ -77,11 +84,17 @@ def test_what_differs_is_named_on_every_host(two_hosts):
 
 
 def test_a_host_alone_starts_and_agrees_with_itself(monkeypatch):
-    for name in ("TPU_WORKER_HOSTNAMES", *hosts._CLUSTER_VARIABLES):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("JAX_COORDINATOR_ADDRESS", raising=False)
     hosts.start()
     assert not jax.distributed.is_initialized()
     hosts.require_agreement(data="digest")
+
+
+def test_a_host_that_cannot_join_says_what_to_set(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
+    with pytest.raises(ShardingError, match="JAX_NUM_PROCESSES.*on every host"):
+        hosts.start()
 
 
 def test_rows_of_a_host_alone_are_the_batch():

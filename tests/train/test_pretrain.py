@@ -21,6 +21,7 @@ from llama_jax.train.metrics import METRICS, read_metrics
 from llama_jax.train.pretrain import check_layout, pretrain
 from sharding import MeshConfig, ShardingError
 from tests import runs
+from tests.data import corpus
 from tests.parity import tolerances
 
 HALF = runs.NUM_STEPS // 2
@@ -181,12 +182,13 @@ def test_a_gradient_spike_stops_the_run_and_keeps_the_last_good(data, tmp_path):
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
-def test_bad_steps_can_be_skipped_and_are_counted(data, tmp_path):
+def test_bad_steps_can_be_skipped_and_are_counted(data, tmp_path, caplog):
     recipe = runs.changed(
         runs.recipe(data), "train", spike_norm=1e-3, on_bad_step="skip"
     )
     assert pretrain(recipe, tmp_path)
     assert not any(r["applied"] for r in steps(tmp_path).values())
+    assert "step 8: loss" in caplog.text and "going on with the next" in caplog.text
     counts = runs.saved(tmp_path, 8, "optimizer")
     assert counts["/num_skipped"] == counts["/step"] == 8
     runs.require_equal(runs.saved(tmp_path, 8), runs.saved(tmp_path, 4))
@@ -218,6 +220,25 @@ def test_data_of_a_larger_vocabulary_are_refused(data, tmp_path):
     recipe = runs.changed(runs.recipe(data), "model", vocab_size=399)
     with pytest.raises(DataError, match=r"400 pieces, and model.vocab_size is 399"):
         pretrain(recipe, tmp_path)
+
+
+def test_a_run_keeps_its_tokenizer(whole, data, tmp_path):
+    """Data of another tokenizer are refused, and nothing of the run is touched."""
+    (tmp_path / "made").mkdir()
+    other = corpus.make_tokenizer(tmp_path / "made", vocab_size=380)
+    rows = corpus.prepare_corpus(tmp_path / "rows", other).path
+    before = (whole / "tokenizer.model").read_bytes()
+    with pytest.raises(CheckpointError, match="holds a run with another tokenizer"):
+        pretrain(runs.recipe(rows), whole)
+    with pytest.raises(DataError, match="made with another tokenizer"):
+        pretrain(runs.recipe(rows), tmp_path / "run", init_from=whole)
+    assert (whole / "tokenizer.model").read_bytes() == before
+
+
+def test_a_workdir_that_cannot_be_made_is_said(data, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(CheckpointError, match="cannot be"):
+        pretrain(runs.recipe(data), tmp_path / "file")
 
 
 def test_layout_of_a_pod_is_checked_without_one():

@@ -28,7 +28,7 @@ def tfds_splits(name: str, directory: str) -> dict[str, list[Documents]]:
         builder = tfds.builder(
             name, data_dir=directory, file_format="array_record", try_gcs=False
         )
-    except tfds.core.registered.DatasetNotFoundError:
+    except (tfds.core.registered.DatasetNotFoundError, ValueError):
         raise DataError(
             f"there is no data set {name!r}: give one that tensorflow-datasets lists, "
             "or 'shakespeare'."
