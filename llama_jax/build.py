@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
+from llama_jax.config.train import Remat
 from llama_jax.model import Llama, layers, param_axes
 from llama_jax.model.count import abstract_params
-from llama_jax.model.depth import Remat
 from llama_jax.model.transformer import Attend
 from sharding import (
     AxisRules,

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 from llama_jax.errors import ConfigError
 
 ComputeType = Literal["float32", "bfloat16"]
-RematName = Literal["none", "projections", "attention", "full"]
+Remat = Literal["none", "projections", "attention", "full"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class TrainConfig:
     batch_size: int
     accumulate: int
     compute_dtype: ComputeType
-    remat: RematName
+    remat: Remat
     seed: int
     validate_every: int
     checkpoint_every: int
@@ -104,7 +104,7 @@ class TrainConfig:
             _require(self, name, lambda v: v >= 0, "0 or more")
         for name, choices in (
             ("compute_dtype", get_args(ComputeType)),
-            ("remat", get_args(RematName)),
+            ("remat", get_args(Remat)),
             ("on_bad_step", ("stop", "skip")),
             ("on_damaged_checkpoint", ("stop", "fall_back")),
         ):

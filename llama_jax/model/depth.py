@@ -5,12 +5,13 @@ same tree whatever the choice.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from llama_jax.config.train import Remat
 from llama_jax.errors import ConfigError
 from sharding.axes import Tree
 
@@ -18,8 +19,6 @@ Carry = TypeVar("Carry")
 
 # Names given with `checkpoint_name` in layers.py and transformer.py.
 _PROJECTIONS = ("query", "key", "value", "attention", "out", "gate", "up")
-
-Remat = Literal["none", "projections", "attention", "full"]
 
 
 def run(

@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
+from llama_jax.config.train import Remat
 from llama_jax.model import depth, layers, mask
 from llama_jax.model.cache import KVCache
 from sharding import axes
@@ -232,7 +233,7 @@ class Llama(nn.Module):
     constrain: Constrain = unconstrained
     attend: Attend = layers.attend
     dtype: jnp.dtype = jnp.dtype("float32")
-    remat: depth.Remat = "none"
+    remat: Remat = "none"
 
     def setup(self) -> None:
         """Declare the parameters; blocks are stacked on a leading axis L."""

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from llama_jax.config.model import LlamaConfig
-from llama_jax.config.train import RematName
+from llama_jax.config.train import Remat
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama
-from llama_jax.model.depth import Remat
 
 CONFIG = LlamaConfig.tiny()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 8)))
@@ -31,10 +30,6 @@ def params():
 @pytest.fixture(scope="module")
 def plain(params):
     return jax.jit(jax.value_and_grad(_loss("none")))(params)
-
-
-def test_the_configuration_and_the_model_know_the_same_names():
-    assert set(get_args(RematName)) == set(POLICIES)
 
 
 @pytest.mark.parametrize("remat", [name for name in POLICIES if name != "none"])

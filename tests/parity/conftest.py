@@ -16,6 +16,7 @@ from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, fresh_state
 from llama_jax.train.step import make_train_step
 from sharding import MeshConfig, make_mesh, training_rules
+from tests.parity import tolerances
 
 CONFIG = LlamaConfig.tiny()
 NUM_STEPS = 3
@@ -125,6 +126,21 @@ def require_close(got, expected, *, relative: float) -> None:
             atol=relative * np.abs(b).max(),
             err_msg=jax.tree_util.keystr(path),
         )
+
+
+def require_same(trained: Trained, alone: Trained) -> None:
+    """Losses, gradient and parameters, but for the order of the sums."""
+    np.testing.assert_allclose(
+        trained.losses, alone.losses, rtol=0, atol=tolerances.ORDER_LOSS
+    )
+    require_close(
+        trained.gradient,
+        alone.gradient,
+        relative=tolerances.ORDER_GRADIENT_RELATIVE,
+    )
+    require_close(
+        trained.params, alone.params, relative=tolerances.ORDER_PARAMS_RELATIVE
+    )
 
 
 @pytest.fixture(scope="session")
