@@ -6,6 +6,7 @@ from sharding.apply import (
     born_sharded,
     constrain,
     param_shardings,
+    per_device,
 )
 from sharding.errors import ShardingError
 from sharding.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -23,5 +24,6 @@ __all__ = [
     "decoding_rules",
     "make_mesh",
     "param_shardings",
+    "per_device",
     "training_rules",
 ]

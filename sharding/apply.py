@@ -1,12 +1,12 @@
 """Rules and a mesh, applied: to a tree of parameters, and inside a program."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from sharding.axes import AxisNames, Tree
+from sharding.axes import MESH_AXES, AxisNames, Tree
 from sharding.errors import ShardingError
 from sharding.mesh import AnyMesh, axis_size
 from sharding.rules import AxisRules
@@ -69,20 +69,64 @@ class Constrain:
             silently mean something else, or a dimension that does not divide.
         """
         active = jax.sharding.get_abstract_mesh()
-        if active != self.mesh.abstract_mesh:
+        if active.shape != self.mesh.abstract_mesh.shape:
             inside = "no mesh" if active.empty else f"the mesh {dict(active.shape)}"
             raise ShardingError(
                 f"sharding rules for the mesh {dict(self.mesh.shape)} are in force, "
                 f"but the program is traced under {inside}: enter it with "
                 "`with jax.set_mesh(mesh):`."
             )
-        sharding = _sharding(self.rules, self.mesh, names, x.shape, where="activation")
-        return jax.lax.with_sharding_constraint(x, sharding)
+        # Inside `per_device`, a part of x is split no further over the axes gone.
+        rules = self.rules.without(active.manual_axes)
+        sharding = _sharding(rules, self.mesh, names, x.shape, where="activation")
+        return jax.lax.with_sharding_constraint(x, sharding.spec)
 
 
 def constrain(rules: AxisRules, mesh: jax.sharding.Mesh) -> Constrain:
     """A function that pins activations to `rules` on `mesh`; see `Constrain`."""
     return Constrain(rules, mesh)
+
+
+def per_device(
+    body: Callable[..., Any],
+    mesh: jax.sharding.Mesh,
+    in_specs: Any,
+    out_specs: Any,
+    *,
+    axes: Sequence[str] = MESH_AXES,
+) -> Callable[..., Any]:
+    """`body`, run by each device, or each group of them, on its own parts.
+
+    Within another `per_device`, over the axes that it has left.
+
+    Args:
+      body: a function of parts; it may use collectives over `axes`.
+      mesh: the devices.
+      in_specs: `jax.P` of each argument.
+      out_specs: `jax.P` of each result, the same on axes that it does not name.
+      axes: the mesh axes along which `body` sees parts. Along the others it sees
+        whole arrays, which the compiler splits as elsewhere.
+    """
+    gone = jax.sharding.get_abstract_mesh().manual_axes
+
+    def left(spec: jax.P) -> jax.P:
+        return jax.P(*(_entry_without(entry, gone) for entry in spec))
+
+    return jax.shard_map(
+        body,
+        mesh=None if gone else mesh,
+        in_specs=jax.tree.map(left, in_specs),
+        out_specs=jax.tree.map(left, out_specs),
+        axis_names=set(axes) - set(gone),
+        check_vma=False,  # kernels do not say how their results vary
+    )
+
+
+def _entry_without(
+    entry: str | tuple[str, ...] | None, gone: Sequence[str]
+) -> tuple[str, ...] | None:
+    group = (entry,) if isinstance(entry, str) else entry or ()
+    return tuple(axis for axis in group if axis not in gone) or None
 
 
 def _sharding(

@@ -6,6 +6,7 @@ mapping; model and training step stay as they are.
 
 import dataclasses
 import difflib
+from collections.abc import Iterable
 
 import jax
 
@@ -67,6 +68,16 @@ class AxisRules:
                 f"{', '.join(axes.LOGICAL_AXES)}."
             )
         return getattr(self, name)
+
+    def without(self, mesh_axes: Iterable[str]) -> "AxisRules":
+        """The same, with these mesh axes splitting nothing."""
+        kept = {
+            field.name: tuple(
+                axis for axis in getattr(self, field.name) if axis not in mesh_axes
+            )
+            for field in dataclasses.fields(self)
+        }
+        return AxisRules(**kept)
 
     def spec(self, names: AxisNames) -> jax.P:
         """The partition of an array whose dimensions have these logical axes.

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -64,7 +65,15 @@ def saved(workdir: Path, step: int, item: str = "params") -> dict[str, np.ndarra
             arrays[name] = np.asarray(tree)
 
     with ocp.PyTreeCheckpointer() as checkpointer:
-        collect(checkpointer.restore(directory), "")
+        # Whatever the devices were that saved it, of however many hosts.
+        as_numpy = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            checkpointer.metadata(directory).item_metadata.tree,
+        )
+        restored = checkpointer.restore(
+            directory, ocp.args.PyTreeRestore(restore_args=as_numpy)
+        )
+        collect(restored, "")
     return arrays
 
 

@@ -1,10 +1,12 @@
 r"""Pretraining Llama 2 70B as in the paper: 2T tokens, peak learning rate 1.5e-4.
 
+    llama-jax plan configs/pretrain/llama2_70b.py:v5p_256
     llama-jax train configs/pretrain/llama2_70b.py:v5p_256 --workdir gs://BUCKET/70b \
         --data.paths PREPARED
 
-A recipe is named after the slice it is for. Prepare the data first: `llama-jax data
-prepare --help`.
+A recipe is named after the slice it is for, and after how many of them; what a compile
+says of each is in docs/performance.md. Prepare the data first: `llama-jax data prepare
+--help`.
 """
 
 from llama_jax.config import LlamaConfig
@@ -13,33 +15,60 @@ from sharding import MeshConfig
 
 
 def v5p_256() -> PretrainRecipe:
-    """v5p-256: 128 chips, each with a part of the state and its own rows."""
+    """v5p-256: 128 chips, 1M tokens a step."""
     return paper_pretraining(
         LlamaConfig.llama2_70b(),
         peak_lr=1.5e-4,
         topology="v5p:4x4x8",
         mesh=MeshConfig(fsdp=128),
-        accumulate=8,
+        rows_per_chip=2,
+        remat="projections:30,attention_block",
+    )
+
+
+def v5p_256x4() -> PretrainRecipe:
+    """Four slices of v5p-256: the paper's 4M tokens a step."""
+    return paper_pretraining(
+        LlamaConfig.llama2_70b(),
+        peak_lr=1.5e-4,
+        topology="v5p:4x4x8",
+        mesh=MeshConfig(fsdp=128, dcn_data=4),
+        rows_per_chip=2,
+        remat="projections:30,attention_block",
+    )
+
+
+def v5e_256() -> PretrainRecipe:
+    """v5e-256: 256 chips, 1M tokens a step."""
+    return paper_pretraining(
+        LlamaConfig.llama2_70b(),
+        peak_lr=1.5e-4,
+        topology="v5e:16x16",
+        mesh=MeshConfig(fsdp=256),
+        rows_per_chip=1,
+        remat="full",
     )
 
 
 def v6e_256() -> PretrainRecipe:
-    """v6e-256: 256 chips, each with a part of the state and its own rows."""
+    """v6e-256: 256 chips, 1M tokens a step."""
     return paper_pretraining(
         LlamaConfig.llama2_70b(),
         peak_lr=1.5e-4,
         topology="v6e:16x16",
         mesh=MeshConfig(fsdp=256),
-        accumulate=4,
+        rows_per_chip=1,
+        remat="attention_block",
     )
 
 
 def v4_1024() -> PretrainRecipe:
-    """v4-1024: 512 chips, each with a part of the state and its own rows."""
+    """v4-1024: 512 chips, 2M tokens a step."""
     return paper_pretraining(
         LlamaConfig.llama2_70b(),
         peak_lr=1.5e-4,
         topology="v4:8x8x8",
         mesh=MeshConfig(fsdp=512),
-        accumulate=1,
+        rows_per_chip=1,
+        remat="attention_block",
     )

@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, Self
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -26,6 +27,7 @@ from llama_jax.checkpoint.params import (
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
 from llama_jax.errors import CheckpointError
+from sharding import hosts
 
 _log = logging.getLogger(__name__)
 
@@ -142,20 +144,26 @@ class RunCheckpoints:
           CheckpointError: damaged, or of another architecture.
         """
         for step in reversed(self.steps):
+            read: tuple[State, int] | _Damaged
             try:
                 self._require_same_model(step, recipe)
-                return self._read(step, target)
+                read = self._read(step, target)
             except _Damaged as damage:
-                advice = (
-                    f"step {step} in {self._directory} is damaged: {damage}. "
-                    f"Steps there: {self.steps}."
+                read = damage
+            damaged = bool(hosts.any_host(isinstance(read, _Damaged)))
+            if not (damaged or isinstance(read, _Damaged)):
+                return read
+            seen = read if isinstance(read, _Damaged) else "another host says so"
+            advice = (
+                f"step {step} in {self._directory} is damaged: {seen}. Steps there: "
+                f"{self.steps}."
+            )
+            if on_damaged == "stop":
+                raise CheckpointError(
+                    f"{advice} To go on from the one before, give "
+                    "--train.on-damaged-checkpoint fall_back, or remove that step."
                 )
-                if on_damaged == "stop":
-                    raise CheckpointError(
-                        f"{advice} To go on from the one before, give "
-                        "--train.on-damaged-checkpoint fall_back, or remove that step."
-                    ) from damage
-                _log.warning("%s Falling back to the one before.", advice)
+            _log.warning("%s Falling back to the one before.", advice)
         if self.steps:
             raise CheckpointError(
                 f"none of the steps {self.steps} in {self._directory} can be read."
@@ -163,18 +171,39 @@ class RunCheckpoints:
         return None
 
     def _read(self, step: int, target: State) -> tuple[State, int]:
-        try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardRestore(target["params"]),
-                    optimizer=ocp.args.StandardRestore(target["optimizer"]),
-                    data=ocp.args.JsonRestore(),
-                ),
-            )
-            position = restored["data"]["position"]
-        except (ValueError, OSError, KeyError, TypeError) as error:
-            raise _Damaged(first_line(error)) from error
+        # Each host for itself: in a common reading, one that fails would leave the
+        # others waiting.
+        host = jax.process_index()
+        alone = ocp.options.MultiprocessingOptions(
+            primary_host=host, active_processes={host}
+        )
+        with ocp.Checkpointer(
+            ocp.CompositeCheckpointHandler(), multiprocessing_options=alone
+        ) as reader:
+            try:
+                restored = reader.restore(
+                    self._directory / str(step),
+                    args=ocp.args.Composite(
+                        params=ocp.args.StandardRestore(target["params"]),
+                        optimizer=ocp.args.StandardRestore(target["optimizer"]),
+                        data=ocp.args.JsonRestore(),
+                    ),
+                )
+                position = restored["data"]["position"]
+            except Exception as error:
+                # Orbax wraps what it met on the disk in a bare Exception.
+                bare = type(error) is Exception
+                met = error.__cause__ if bare else error
+                if isinstance(
+                    met, ValueError | FileNotFoundError | KeyError | TypeError
+                ):
+                    raise _Damaged(first_line(met)) from error
+                if isinstance(met, OSError):
+                    raise CheckpointError(
+                        f"step {step} in {self._directory} cannot be read: {met}. It "
+                        "may be whole: see to the disk or the network, and start again."
+                    ) from error
+                raise
         state = {"params": restored["params"], "optimizer": restored["optimizer"]}
         return state, position
 
@@ -200,12 +229,15 @@ def saved_recipe(step_directory: epath.Path) -> Mapping[str, Any]:
 
     Raises:
       _Damaged: it is not there, or not JSON.
+      CheckpointError: it is there, and the disk or the network does not give it.
     """
     try:
         handler = ocp.JsonCheckpointHandler()
         return handler.restore(step_directory / "recipe")
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         raise _Damaged(first_line(error)) from error
+    except OSError as error:
+        raise CheckpointError(f"{step_directory} cannot be read: {error}.") from error
 
 
 def open_run(directory: epath.PathLike) -> ParamsCheckpoint:

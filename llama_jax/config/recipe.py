@@ -14,7 +14,7 @@ from typing import Any
 
 from llama_jax.config.data import DataConfig
 from llama_jax.config.model import LlamaConfig
-from llama_jax.config.train import OptimizerConfig, TrainConfig
+from llama_jax.config.train import OptimizerConfig, TrainConfig, remat_pieces
 from llama_jax.errors import ConfigError, LlamaError, RecipeError
 from sharding import MeshConfig, ShardingError
 
@@ -34,7 +34,8 @@ class PretrainRecipe:
       topology: the slice that the mesh is made for, as "v5p:4x4x4"; "" for any.
 
     Raises:
-      ConfigError: sequences longer than the model, or a vocabulary too small.
+      ConfigError: sequences longer than the model, a vocabulary that
+        `train.loss_chunks` does not divide, or a `train.remat` of more layers.
     """
 
     model: LlamaConfig
@@ -52,24 +53,39 @@ class PretrainRecipe:
                 f"model.max_length {self.model.max_length}: shorten the one or raise "
                 "the other."
             )
-        self._topology_sizes()
+        if self.model.vocab_size % self.train.loss_chunks:
+            fits = [n for n in range(1, 129) if self.model.vocab_size % n == 0]
+            raise ConfigError(
+                f"train.loss_chunks {self.train.loss_chunks} does not divide "
+                f"model.vocab_size {self.model.vocab_size}: choose it from {fits}."
+            )
+        *first, _ = remat_pieces(self.train.remat)
+        named = sum(count or 0 for _, count in first)
+        if named >= self.model.num_layers:
+            raise ConfigError(
+                f"train.remat {self.train.remat!r} names {named} layers before its "
+                f"last policy, and model.num_layers is {self.model.num_layers}: leave "
+                "it at least one."
+            )
+        if self.topology:
+            _topology_sizes(self.topology)
 
     @property
     def num_devices(self) -> int | None:
-        """Chips of the topology; None if the recipe is for any."""
-        sizes = self._topology_sizes()
-        return math.prod(sizes) * self.mesh.num_slices if sizes else None
-
-    def _topology_sizes(self) -> list[int]:
+        """Chips of all slices; None if the recipe is for any."""
         if not self.topology:
-            return []
-        sizes = re.fullmatch(r"v\d\w*:(\d+(?:x\d+){1,2})", self.topology)
-        if sizes is None:
-            raise ConfigError(
-                f"topology is {self.topology!r}: write a chip and its torus, as "
-                "v5p:4x4x8 or v5e:16x16."
-            )
-        return [int(size) for size in sizes[1].split("x")]
+            return None
+        return math.prod(_topology_sizes(self.topology)) * self.mesh.num_slices
+
+
+def _topology_sizes(topology: str) -> list[int]:
+    sizes = re.fullmatch(r"v\d\w*:(\d+(?:x\d+){1,2})", topology)
+    if sizes is None:
+        raise ConfigError(
+            f"topology is {topology!r}: write a chip and its torus, as v5p:4x4x8 or "
+            "v5e:16x16."
+        )
+    return [int(size) for size in sizes[1].split("x")]
 
 
 def paper_optimizer(*, peak_lr: float, warmup_steps: int = 2000) -> OptimizerConfig:
@@ -92,21 +108,27 @@ def paper_pretraining(
     peak_lr: float,
     topology: str,
     mesh: MeshConfig,
-    accumulate: int,
+    rows_per_chip: float,
+    remat: str,
 ) -> PretrainRecipe:
-    """The paper's pretraining of one size: 2T tokens, 4M of them a step (Table 1).
+    """The paper's pretraining of one size: 2T tokens, in rows of the model's length.
 
-    What the paper leaves open is set as usual: 1024 rows of 4096, bfloat16 arithmetic
-    over float32 parameters, no masks between the documents of a row.
+    A step takes as many rows as the chips hold at once. The paper's takes 4M tokens
+    (Table 1): on fewer chips, `--train.batch-size 1024 --train.accumulate 4` or so,
+    and `--train.num-steps 476838` for as many tokens.
+    What the paper leaves open is set as usual: bfloat16 arithmetic over float32
+    parameters, no masks between the documents of a row.
 
     Args:
       model: the architecture.
       peak_lr: 3e-4 for 7B and 13B, 1.5e-4 for 34B and 70B.
-      topology: the slice.
-      mesh: its devices per axis.
-      accumulate: parts of a batch that are worked off one after the other.
+      topology: one slice.
+      mesh: devices per axis, of all slices.
+      rows_per_chip: less than 1 where chips share a row.
+      remat: what the backward pass finds saved; as much as memory holds.
     """
-    rows, length = 1024, 4096
+    chips = math.prod(_topology_sizes(topology)) * mesh.num_slices
+    rows, length = round(chips * rows_per_chip), model.max_length
     return PretrainRecipe(
         model=model,
         data=DataConfig(paths=("data/pretrain",), sequence_length=length, seed=0),
@@ -114,9 +136,10 @@ def paper_pretraining(
         train=TrainConfig(
             num_steps=math.ceil(2e12 / (rows * length)),
             batch_size=rows,
-            accumulate=accumulate,
+            accumulate=1,
             compute_dtype="bfloat16",
-            remat="full",
+            remat=remat,
+            attention="splash",
             seed=0,
             validate_every=1000,
             checkpoint_every=1000,

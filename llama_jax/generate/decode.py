@@ -86,7 +86,13 @@ def prefill(
       slots: size of the cache and of `tokens`; at least T and every limit.
     """
     num_rows, num_prompt = tokens_BT.shape
-    cache = KVCache.empty(model.config, batch=num_rows, slots=slots, dtype=model.dtype)
+    cache = KVCache.empty(
+        model.config,
+        batch=num_rows,
+        slots=slots,
+        dtype=model.dtype,
+        kv_copies=model.kv_copies,
+    )
     # Padding is read too, into slots that no row sees before it has written there.
     x_BTD, cache = model.bind({"params": params}).extend(
         tokens_BT, _split(model, cache), jnp.zeros_like(length_B)

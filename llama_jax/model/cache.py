@@ -35,10 +35,17 @@ class KVCache:
 
     @classmethod
     def empty(
-        cls, config: LlamaConfig, *, batch: int, slots: int, dtype: jnp.dtype
+        cls,
+        config: LlamaConfig,
+        *,
+        batch: int,
+        slots: int,
+        dtype: jnp.dtype,
+        kv_copies: int = 1,
     ) -> Self:
-        """Room for `slots` positions of `batch` rows."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        """Room for `slots` positions of `batch` rows; `kv_copies` as the model has."""
+        num_kv_heads = config.num_kv_heads * kv_copies
+        shape = (config.num_layers, batch, slots, num_kv_heads, config.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
 
     @property

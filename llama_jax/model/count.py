@@ -1,5 +1,7 @@
 """Sizes by arithmetic: parameters, FLOPs, bytes; nothing is built."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -8,6 +10,7 @@ from llama_jax.model.transformer import Llama
 from sharding.axes import Tree
 
 
+@functools.cache
 def abstract_params(config: LlamaConfig) -> Tree:
     """The tree of parameters as shapes and types (float32), without memory."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -37,11 +37,41 @@ class Mask:
             allowed_BTS = allowed_BTS & same_BTS
         return allowed_BTS
 
+    def may_allow(self) -> Bool[Array, ""]:
+        """False only if no query may see any key, judged by first and last alone.
 
-def causal(length: int, segments: Int[Array, "B T"] | None = None) -> Mask:
-    """Each position sees itself and all before it, in its own segment if given."""
-    positions_1T = jnp.arange(length, dtype=jnp.int32)[None]
-    return Mask(positions_1T, positions_1T, segments, segments)
+        Cheap, for skipping tiles: it can be True of a tile in which nothing is allowed.
+        """
+        may_B1 = _least(self.key_positions) <= _most(self.query_positions)
+        if self.query_segments is not None and self.key_segments is not None:
+            may_B1 &= _least(self.key_segments) <= _most(self.query_segments)
+            may_B1 &= _least(self.query_segments) <= _most(self.key_segments)
+        return jnp.any(may_B1)
+
+
+def _least(x_BT: Int[Array, "B T"]) -> Int[Array, "B 1"]:
+    return jnp.min(x_BT, axis=1, keepdims=True)
+
+
+def _most(x_BT: Int[Array, "B T"]) -> Int[Array, "B 1"]:
+    return jnp.max(x_BT, axis=1, keepdims=True)
+
+
+def causal(
+    length: int,
+    segments: Int[Array, "B T"] | None = None,
+    positions: Int[Array, "B T"] | None = None,
+) -> Mask:
+    """Each position sees itself and all before it, in its own segment if given.
+
+    Args:
+      length: T.
+      segments: the document that each token belongs to.
+      positions: the place of each token in its row, if they are not in order.
+    """
+    if positions is None:
+        positions = jnp.arange(length, dtype=jnp.int32)[None]
+    return Mask(positions, positions, segments, segments)
 
 
 def cached(start_B: Int[Array, " B"], num_new: int, num_slots: int) -> Mask:

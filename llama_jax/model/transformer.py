@@ -16,7 +16,6 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.train import Remat
 from llama_jax.model import depth, layers, mask
 from llama_jax.model.cache import KVCache
 from sharding import axes
@@ -98,6 +97,7 @@ class Attention(nn.Module):
     config: LlamaConfig
     constrain: Constrain
     attend: Attend
+    kv_copies: int = 1
 
     @nn.compact
     def __call__(
@@ -114,17 +114,21 @@ class Attention(nn.Module):
 
         def project(name: str, num_heads: int, axis: str) -> Float[Array, "B T _ H"]:
             kernel = self.param(name, _INIT, (D, num_heads, H)).astype(x_BTD.dtype)
+            if axis == axes.KV_HEADS and self.kv_copies > 1:
+                # Where more devices split the heads than there are: each computes the
+                # one that its query heads read, and nothing else.
+                kernel = jnp.repeat(kernel, self.kv_copies, axis=1)
+                kernel = self.constrain(kernel, None, axis, None)
             out = jnp.einsum("BTD,DNH->BTNH", x_BTD, kernel)
-            out = self.constrain(out, axes.BATCH, axes.SEQUENCE, axis, None)
-            return checkpoint_name(out, name)
+            return self.constrain(out, axes.BATCH, axes.SEQUENCE, axis, None)
 
         with jax.named_scope("query_key_value"):
             q_BTNH = project("query", N, axes.HEADS)
             k_BTKH = project("key", K, axes.KV_HEADS)
-            v_BTKH = project("value", K, axes.KV_HEADS)
+            v_BTKH = checkpoint_name(project("value", K, axes.KV_HEADS), "value")
         with jax.named_scope("rotary"):
-            q_BTNH = layers.rotate(q_BTNH, angle_BTh)
-            k_BTKH = layers.rotate(k_BTKH, angle_BTh)
+            q_BTNH = checkpoint_name(layers.rotate(q_BTNH, angle_BTh), "query")
+            k_BTKH = checkpoint_name(layers.rotate(k_BTKH, angle_BTh), "key")
         if cache is not None:
             with jax.named_scope("cache"):
                 cache = cache.write(
@@ -136,11 +140,11 @@ class Attention(nn.Module):
             mixed_BTNH = self.constrain(
                 mixed_BTNH, axes.BATCH, axes.SEQUENCE, axes.HEADS, None
             )
-            mixed_BTNH = checkpoint_name(mixed_BTNH, "attention")
+            mixed_BTNH = layers.written(mixed_BTNH)
         with jax.named_scope("out"):
             out_NHD = self.param("out", _INIT, (N, H, D)).astype(x_BTD.dtype)
             out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
-            return checkpoint_name(out_BTD, "out"), cache
+            return layers.written(checkpoint_name(out_BTD, "out")), cache
 
 
 class SwiGLU(nn.Module):
@@ -179,12 +183,13 @@ class Block(nn.Module):
     config: LlamaConfig
     constrain: Constrain
     attend: Attend
+    kv_copies: int = 1
 
     def setup(self) -> None:
         """The four parts."""
         c = self.config
         self.attention_norm = RMSNorm(c.norm_eps)
-        self.attention = Attention(c, self.constrain, self.attend)
+        self.attention = Attention(c, self.constrain, self.attend, self.kv_copies)
         self.mlp_norm = RMSNorm(c.norm_eps)
         self.mlp = SwiGLU(c)
 
@@ -198,13 +203,13 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         """The residual stream after this layer, and the cache."""
         with jax.named_scope("attention"):
-            normed_BTD = self._whole(self.attention_norm(x_BTD))
+            normed_BTD = layers.written(self._whole(self.attention_norm(x_BTD)))
             update_BTD, cache = self.attention(
                 normed_BTD, angle_BTh, pattern, cache, layer
             )
             x_BTD = self._residual(x_BTD + update_BTD)
         with jax.named_scope("mlp"):
-            normed_BTD = self._whole(self.mlp_norm(x_BTD))
+            normed_BTD = layers.written(self._whole(self.mlp_norm(x_BTD)))
             return self._residual(x_BTD + self.mlp(normed_BTD)), cache
 
     def _residual(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -227,19 +232,22 @@ class Llama(nn.Module):
       attend: the attention kernel, with the signature of `layers.attend`.
       dtype: what the arithmetic is done in; parameters keep their own type.
       remat: what the backward pass finds saved, see `depth.run`.
+      kv_copies: devices that compute each key/value head; 1 unless more devices split
+        the heads than there are. Keys, values and a cache then have K times as many.
     """
 
     config: LlamaConfig
     constrain: Constrain = unconstrained
     attend: Attend = layers.attend
     dtype: jnp.dtype = jnp.dtype("float32")
-    remat: Remat = "none"
+    remat: str = "none"
+    kv_copies: int = 1
 
     def setup(self) -> None:
         """Declare the parameters; blocks are stacked on a leading axis L."""
         c = self.config
         self.embed = Embed(c, self.constrain, self.dtype)
-        self.block = Block(c, self.constrain, self.attend, parent=None)
+        self.block = Block(c, self.constrain, self.attend, self.kv_copies, parent=None)
         self.blocks = self.param("blocks", self._init_blocks)
         self.final_norm = RMSNorm(c.norm_eps)
         self.unembedding = Unembed(c, name="unembed")
@@ -248,6 +256,7 @@ class Llama(nn.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T V"]:
         """Logits of the token after each, float32.
 
@@ -255,16 +264,19 @@ class Llama(nn.Module):
           tokens_BT: ids of whole rows, from position 0.
           segments_BT: which document each token belongs to, if documents that share a
             row must not see each other.
+          positions_BT: the place of each token in its row, where they are in another
+            order (`sharding/context.py`); of one row, if it is that of all.
         """
-        return self.unembed(self.hidden(tokens_BT, segments_BT))
+        return self.unembed(self.hidden(tokens_BT, segments_BT, positions_BT))
 
     def hidden(
         self,
         tokens_BT: Int[Array, "B T"],
         segments_BT: Int[Array, "B T"] | None = None,
+        positions_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last norm; `unembed` turns it into logits."""
-        pattern = mask.causal(tokens_BT.shape[1], segments_BT)
+        pattern = mask.causal(tokens_BT.shape[1], segments_BT, positions_BT)
         return self._through(tokens_BT, pattern, None)[0]
 
     def extend(

@@ -1,23 +1,29 @@
-"""When to save and when to stop: preemption, and numbers that are not numbers."""
+"""When to save and when to stop: preemption, lost hosts, bad numbers, full memory."""
 
 import contextlib
 import dataclasses
 import logging
+import os
 import signal
+import socket
+import threading
+import traceback
 from collections.abc import Iterator
-from types import FrameType
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 
 from llama_jax.config.train import TrainConfig
-from llama_jax.errors import TrainingError
+from llama_jax.errors import LlamaError, TrainingError
+from sharding import ShardingError, hosts
 
 _log = logging.getLogger(__name__)
 
 # sysexits.h EX_TEMPFAIL: saved and stopped on request; start the same command again.
 EXIT_PREEMPTED = 75
+# Another host was lost, or never came: start the same command again on every host. What
+# was saved before is whole, but nothing was saved for this.
+EXIT_HOST_LOST = 76
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -35,14 +41,25 @@ class Decision:
 
 @dataclasses.dataclass
 class Guard:
-    """Turns signals and the calendar of a run into decisions."""
+    """Turns signals and the calendar of a run into decisions.
+
+    Attributes:
+      settings: of the run.
+      stop_requested: whether a signal has come to this host.
+    """
 
     settings: TrainConfig
     stop_requested: bool = False
+    _asked: jax.Array | bool = False
 
-    def decide(self, step: int) -> Decision:
-        """After `step` steps are done: validate, save, stop, or none of these."""
-        stop = self._preempted(step)
+    def decide(self, step: int, measured: Any) -> Decision:
+        """After `step` steps are done: validate, save, stop, or none of these.
+
+        Args:
+          step: how many steps.
+          measured: what the last of them computes, perhaps still.
+        """
+        stop = self._stop(measured)
         last = step == self.settings.num_steps
         return Decision(
             validate=last or (not stop and step % self.settings.validate_every == 0),
@@ -50,36 +67,92 @@ class Guard:
             stop=stop,
         )
 
-    def _preempted(self, step: int) -> bool:
+    def stop_now(self) -> bool:
+        """Whether a signal has come to any host: waits for the devices."""
+        self._asked = hosts.any_host(self.stop_requested)
+        return bool(self._asked)
+
+    def _stop(self, measured: Any) -> bool:
         if jax.process_count() == 1:
             return self.stop_requested
-        # JAX's coordination service saw the signal, on whichever host, and names one
-        # step that all hosts have yet to reach.
-        return multihost_utils.reached_preemption_sync_point(step)
+        # The answer is read one step late, as the measurements are, so that no host
+        # waits for the step that has just begun.
+        before = self._asked
+        self._asked = hosts.any_host(self.stop_requested, after=measured)
+        return bool(before)
 
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        self.stop_requested = True
-        _log.warning(
-            "%s: saving after this step, then stopping; once more stops at once.",
-            signal.Signals(number).name,
-        )
-        for stopping in _SIGNALS:
-            signal.signal(stopping, signal.SIG_DFL)
+    def _listen(self, signals: socket.socket) -> None:
+        """Take the numbers of signals as they come, until there is an end of them."""
+        for number in iter(lambda: signals.recv(1), b""):
+            if self.stop_requested:
+                os._exit(128 + number[0])
+            self.stop_requested = True
+            _log.warning(
+                "%s: saving after this step, then stopping; once more stops at once.",
+                signal.Signals(number[0]).name,
+            )
 
 
 @contextlib.contextmanager
 def guard(settings: TrainConfig) -> Iterator[Guard]:
-    """Watch for SIGTERM and Ctrl-C; a second one ends the process at once."""
+    """Watch for SIGTERM and Ctrl-C; a second one ends the process at once.
+
+    A thread of its own watches. A handler in Python runs only between two operations
+    of the main thread, which may be in the compiler for minutes.
+    """
     watching = Guard(settings)
-    before: dict[signal.Signals, Any] = {}
-    if jax.process_count() == 1:
-        before = {s: signal.signal(s, watching._on_signal) for s in _SIGNALS}
+    heard, told = socket.socketpair()
+    told.setblocking(False)
+    listener = threading.Thread(target=watching._listen, args=(heard,), daemon=True)
+    listener.start()
+    woken_before = signal.set_wakeup_fd(told.fileno())
+    before: dict[signal.Signals, Any] = {
+        number: signal.signal(number, lambda number, frame: None) for number in _SIGNALS
+    }
     try:
         yield watching
     finally:
-        for stopping, handler in before.items():
-            signal.signal(stopping, handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(woken_before)
+        told.close()
+        listener.join()
+        heard.close()
+
+
+@contextlib.contextmanager
+def shared_fate() -> Iterator[None]:
+    """On several hosts, end the process where alone an error would travel up.
+
+    The others wait for this host, so its end has to be theirs; see `hosts.leave`.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1:
+            raise
+        if not isinstance(error, LlamaError | ShardingError):
+            traceback.print_exc()
+        hosts.leave(str(error) or type(error).__name__, status=1)
+
+
+@contextlib.contextmanager
+def host_loss() -> Iterator[None]:
+    """End the process at once if a computation fails because another host was lost.
+
+    Inside of whatever would wait for the lost one on the way out.
+    """
+    try:
+        yield
+    except Exception as error:
+        for reason in (error, error.__cause__):
+            if jax.process_count() > 1 and reason and hosts.is_loss(reason):
+                hosts.leave(
+                    f"another host was lost ({str(reason).splitlines()[0]}). Whole "
+                    "checkpoints stay: start every host again.",
+                    status=EXIT_HOST_LOST,
+                )
+        raise
 
 
 @contextlib.contextmanager
@@ -96,7 +169,8 @@ def memory_advice(settings: TrainConfig) -> Iterator[None]:
         raise TrainingError(
             f"the training step does not fit into memory ({reason}). Remedies, "
             f"cheapest first: --train.remat full (it is {settings.remat}); more "
-            f"--train.accumulate (now {settings.accumulate}); a smaller "
+            f"--train.accumulate (now {settings.accumulate}) or --train.loss-chunks "
+            f"(now {settings.loss_chunks}); --optimizer.moments bfloat16; a smaller "
             f"--train.batch-size (now {settings.batch_size}); more shards, by "
             "--mesh.fsdp or --mesh.tensor."
         ) from error

@@ -27,6 +27,7 @@ class Run:
       validation: makes an iterator over the whole validation split.
       checkpoints: where the state goes.
       sink: where the measurements go.
+      guard: says when to validate, save and stop.
       profile: steps to trace, as (first, last), into `profile_dir`; None for none.
       profile_dir: for `jax.profiler`.
     """
@@ -38,6 +39,7 @@ class Run:
     validation: Callable[[], Iterable[Batch]]
     checkpoints: RunCheckpoints
     sink: Sink
+    guard: faults.Guard
     profile: tuple[int, int] | None
     profile_dir: str
 
@@ -57,11 +59,7 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
     settings = run.recipe.train
     clock = Stopwatch()
     first = step = int(state.step)
-    with (
-        jax.set_mesh(run.mesh),
-        faults.guard(settings) as guard,
-        _profiler(run) as profile,
-    ):
+    with jax.set_mesh(run.mesh), _profiler(run) as profile:
         remaining = range(first + 1, settings.num_steps + 1)
         for step, batch in zip(remaining, clock.waiting(data), strict=False):
             profile(step)
@@ -69,12 +67,12 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
                 state, measured = run.train_step(state, batch)
             position += settings.batch_size
             run.sink.record(step, measured)
-            decision = guard.decide(step)
+            decision = run.guard.decide(step, measured)
             if decision.validate or decision.save:
                 run.sink.flush()  # a bad step is found before it is saved
             if decision.validate:
                 with clock.measure("validate"):
-                    loss = validation_loss(run, state, guard)
+                    loss = validation_loss(run, state)
                 if loss is not None:
                     run.sink.write(step, validation_loss=loss)
             if decision.save:
@@ -87,11 +85,11 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
     return step >= settings.num_steps
 
 
-def validation_loss(run: Run, state: TrainState, guard: faults.Guard) -> float | None:
+def validation_loss(run: Run, state: TrainState) -> float | None:
     """Mean loss over every token of the validation split, in nats; None if stopped."""
     loss_sum = weight_sum = 0.0
     for batch in run.validation():
-        if guard.stop_requested:  # saving must not wait for a whole split
+        if run.guard.stop_now():  # saving must not wait for a whole split
             return None
         loss, weight = run.eval_step(state.params, batch)
         loss_sum += float(loss)

@@ -1,9 +1,11 @@
 """A pretraining run, from the recipe to the last checkpoint."""
 
 import dataclasses
+import hashlib
 import logging
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +13,16 @@ import optax
 from etils import epath
 
 import llama_jax
-from llama_jax.build import ShardedLlama, build
+import sharding
+from llama_jax.build import ShardedLlama, build_for, params_layout
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.checkpoint.params import TOKENIZER, place
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
 from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
-from llama_jax.errors import CheckpointError, DataError
+from llama_jax.errors import CheckpointError, ConfigError, DataError
 from llama_jax.llm import open_checkpoint
-from llama_jax.model import param_axes
 from llama_jax.model.count import abstract_params
+from llama_jax.model.flash import Blocks
 from llama_jax.text import Tokenizer
 from llama_jax.train import faults, loop
 from llama_jax.train.metrics import Record, Sink
@@ -35,18 +38,15 @@ from llama_jax.train.step import batch_sharding, make_eval_step, make_train_step
 from sharding import (
     ShardingError,
     abstract_mesh,
+    context,
     hosts,
     make_mesh,
-    param_shardings,
     training_rules,
 )
-from sharding.axes import BATCH
+from sharding.axes import BATCH, SEQUENCE, VOCAB
 from sharding.mesh import AnyMesh, axis_size
 
 _log = logging.getLogger(__name__)
-
-# float32 parameter and two moments of Adam.
-_STATE_BYTES_PER_PARAM = 12
 
 
 def pretrain(
@@ -76,28 +76,52 @@ def pretrain(
     Raises:
       LlamaError: see `llama_jax.errors`.
       ShardingError: mesh, model, batch and devices do not fit one another.
+
+    On several hosts an error ends the process, with its message and status 1, and the
+    loss of another host with `faults.EXIT_HOST_LOST`.
     """
-    hosts.start()
+    hosts.start(
+        heartbeat_seconds=recipe.train.heartbeat_seconds,
+        join_seconds=recipe.train.join_seconds,
+        lost_status=faults.EXIT_HOST_LOST,
+    )
     hosts.cache_compilations()
-    workdir = place(workdir)
+    with (
+        faults.shared_fate(),
+        faults.host_loss(),
+        faults.guard(recipe.train) as guard,
+    ):
+        return _run(recipe, place(workdir), init_from, profile, watch, guard)
+
+
+def _run(
+    recipe: PretrainRecipe,
+    workdir: epath.Path,
+    init_from: epath.PathLike | None,
+    profile: tuple[int, int] | None,
+    watch: Callable[[Record], None],
+    guard: faults.Guard,
+) -> bool:
     settings = recipe.train
     sets = _agreed_data(recipe, workdir=str(workdir), init_from=str(init_from))
     mesh = make_mesh(recipe.mesh)
     _require_rows_divide(recipe, mesh)
-    sharded = build(
-        recipe.model,
-        mesh,
-        training_rules(sequence_parallel=recipe.sequence_parallel),
-        dtype=settings.compute_dtype,
-        remat=settings.remat,
-    )
+    sharded = build_for(recipe, mesh)
+    if settings.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"train.attention 'splash' is a kernel for TPUs, and this is "
+            f"{jax.default_backend()}: use --train.attention dot."
+        )
+    _require_chunks_divide(recipe, mesh)
+    _require_tiles_divide(recipe, mesh)
     optimizer = make_optimizer(recipe.optimizer, settings.num_steps)
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
     )
-    with checkpoints, faults.memory_advice(settings):
+    with checkpoints, faults.host_loss(), faults.memory_advice(settings):
         hosts.require_agreement(checkpoints=checkpoints.steps)
-        _keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
+        with hosts.failing_together():
+            _keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
         state, position = _restore_or(
             init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
@@ -107,9 +131,12 @@ def pretrain(
             "host": jax.process_index(),
             "num_hosts": jax.process_count(),
         }
-        data = TrainingData(recipe.data, position=position, **share)
-        validation = ValidationData(recipe.data, **share)
-        with Sink(workdir, recipe, start_step=int(state.step), watch=watch) as sink:
+        start_step = int(state.step)
+        with hosts.failing_together():
+            data = TrainingData(recipe.data, position=position, **share)
+            validation = ValidationData(recipe.data, **share)
+            sink = Sink(workdir, recipe, start_step=start_step, watch=watch)
+        with sink:
             run = loop.Run(
                 recipe=recipe,
                 mesh=mesh,
@@ -124,6 +151,7 @@ def pretrain(
                 validation=lambda: (hosts.global_rows(b, rows) for b in validation),
                 checkpoints=checkpoints,
                 sink=sink,
+                guard=guard,
                 profile=profile,
                 profile_dir=str(workdir / "profile"),
             )
@@ -136,28 +164,34 @@ def check_layout(recipe: PretrainRecipe) -> str:
 
     Raises:
       ShardingError: they do not; says which number, and what would do.
+      ConfigError: rows do not divide into the tiles of the attention kernel.
     """
     num_devices = recipe.num_devices or jax.device_count()
     mesh = abstract_mesh(recipe.mesh, num_devices)
     _require_rows_divide(recipe, mesh)
     rules = training_rules(sequence_parallel=recipe.sequence_parallel)
     shapes = abstract_params(recipe.model)
-    layout = param_shardings(rules, mesh, param_axes(), shapes)
+    layout = params_layout(recipe.model, mesh, rules)
+    _require_chunks_divide(recipe, mesh)
+    _require_tiles_divide(recipe, mesh)
     held = sum(
-        math.prod(sharding.shard_shape(leaf.shape))
-        for leaf, sharding in zip(
+        math.prod(leaf_layout.shard_shape(leaf.shape))
+        for leaf, leaf_layout in zip(
             jax.tree.leaves(shapes), jax.tree.leaves(layout), strict=True
         )
     )
+    # Parameters are float32, and Adam has two moments of each.
+    held *= 4 + 2 * jnp.dtype(recipe.optimizer.moments).itemsize
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
     return (
         f"mesh {sizes} on {recipe.topology or 'the devices here'}; "
-        f"{held * _STATE_BYTES_PER_PARAM / 2**30:.2f} GiB of state a device"
+        f"{held / 2**30:.2f} GiB of state a device"
     )
 
 
 def _require_rows_divide(recipe: PretrainRecipe, mesh: AnyMesh) -> None:
     rules = training_rules(sequence_parallel=recipe.sequence_parallel)
+    context.require_positions_divide(mesh, rules, recipe.data.sequence_length)
     parts = axis_size(mesh, rules.mesh_axes(BATCH)) * recipe.train.accumulate
     if recipe.train.batch_size % parts:
         raise ShardingError(
@@ -174,6 +208,26 @@ def _require_rows_divide(recipe: PretrainRecipe, mesh: AnyMesh) -> None:
         )
 
 
+def _require_chunks_divide(recipe: PretrainRecipe, mesh: AnyMesh) -> None:
+    rules = training_rules(sequence_parallel=recipe.sequence_parallel)
+    pieces = recipe.model.vocab_size // axis_size(mesh, rules.mesh_axes(VOCAB))
+    if pieces % recipe.train.loss_chunks:
+        fits = [n for n in range(1, 129) if pieces % n == 0]
+        raise ShardingError(
+            f"train.loss_chunks {recipe.train.loss_chunks} does not divide the "
+            f"{pieces} pieces of the vocabulary on each device of mesh axes "
+            f"{' x '.join(rules.mesh_axes(VOCAB))}: choose it from {fits}."
+        )
+
+
+def _require_tiles_divide(recipe: PretrainRecipe, mesh: AnyMesh) -> None:
+    rules = training_rules(sequence_parallel=recipe.sequence_parallel)
+    parts = axis_size(mesh, rules.mesh_axes(SEQUENCE))
+    ring = parts > 1 and recipe.train.context_attention == "ring"
+    if recipe.train.attention == "splash" and not ring:
+        Blocks().within(recipe.data.sequence_length // parts)
+
+
 def _agreed_data(recipe: PretrainRecipe, **facts: str) -> list[Prepared]:
     """The data, opened; every host has the same, and they fit the model."""
     problem, sets = "", list[Prepared]()
@@ -184,7 +238,7 @@ def _agreed_data(recipe: PretrainRecipe, **facts: str) -> list[Prepared]:
     hosts.require_agreement(
         recipe=to_json(recipe),
         data=[prepared.digest for prepared in sets] or problem,
-        version=llama_jax.__version__,
+        code=_code_digest(),
         **facts,
     )
     if problem:
@@ -199,8 +253,19 @@ def _agreed_data(recipe: PretrainRecipe, **facts: str) -> list[Prepared]:
     return sets
 
 
+def _code_digest() -> str:
+    """Of the versions and of every source file: one host may have been forgotten."""
+    digest = hashlib.sha256(f"{llama_jax.__version__} {jax.__version__}".encode())
+    for package in (llama_jax, sharding):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
 def _keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> None:
-    """Put the tokenizer of the data beside the checkpoints."""
+    """Put the tokenizer of the data beside the checkpoints; the first host does."""
+    if jax.process_index() != 0:
+        return
     kept, source = workdir / TOKENIZER, data.path / TOKENIZER
     try:
         content = source.read_bytes()
@@ -209,8 +274,7 @@ def _keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> No
                 f"{workdir} holds a run with another tokenizer than {data.path}: its "
                 "ids mean other text. Use another --workdir."
             )
-        if jax.process_index() == 0:
-            kept.write_bytes(content)
+        kept.write_bytes(content)
     except OSError as error:
         raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 

@@ -16,10 +16,12 @@ from jaxtyping import Array, Bool, Float
 
 from llama_jax.build import ShardedLlama
 from llama_jax.data.batch import Batch
-from llama_jax.train.losses import next_token_loss
+from llama_jax.train.compiler import compiler_options
+from llama_jax.train.losses import chunked_next_token_loss, next_token_loss
 from llama_jax.train.state import TrainState, state_shardings
-from sharding import axes
+from sharding import axes, context, per_device
 from sharding.axes import Tree
+from sharding.mesh import axis_size
 
 
 @jax.tree_util.register_dataclass
@@ -74,21 +76,22 @@ def make_train_step(
         loss_sum, weight_sum, grads = _loss_and_grads(
             sharded, state.params, batch, accumulate
         )
-        # All tokens masked gives loss 0 and no gradient, not 0 / 0.
-        scale = 1.0 / jnp.maximum(weight_sum, 1.0)
-        loss = loss_sum * scale
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        grad_norm = optax.tree.norm(grads)
-        good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        if spike_norm is not None:
-            good &= grad_norm <= spike_norm
         with jax.named_scope("optimizer"):
+            # All tokens masked gives loss 0 and no gradient, not 0 / 0.
+            scale = 1.0 / jnp.maximum(weight_sum, 1.0)
+            loss = loss_sum * scale
+            grads = jax.tree.map(lambda g: g * scale, grads)
+            grad_norm = optax.tree.norm(grads)
+            good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            if spike_norm is not None:
+                good &= grad_norm <= spike_norm
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-
-        def keep(new: Array, old: Array) -> Array:
-            return jnp.where(good, new, old)
-
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(good, new, old),
+                (params, opt_state),
+                (state.params, state.opt_state),
+            )
         measured = Measured(
             loss=loss,
             grad_norm=grad_norm,
@@ -99,8 +102,8 @@ def make_train_step(
         state = TrainState(
             step=state.step + 1,
             num_skipped=state.num_skipped + (1 - good.astype(jnp.int32)),
-            params=jax.tree.map(keep, params, state.params),
-            opt_state=jax.tree.map(keep, opt_state, state.opt_state),
+            params=params,
+            opt_state=opt_state,
         )
         return state, measured
 
@@ -110,6 +113,7 @@ def make_train_step(
         in_shardings=(layout, batch_sharding(sharded)),
         out_shardings=(layout, sharded.sharding()),
         donate_argnums=0,
+        compiler_options=compiler_options(sharded.mesh),
     )
 
 
@@ -120,15 +124,49 @@ def make_eval_step(sharded: ShardedLlama) -> EvalStep:
         lambda params, batch: _loss(sharded, params, batch),
         in_shardings=(sharded.param_shardings, batch_sharding(sharded)),
         out_shardings=(everywhere, everywhere),
+        compiler_options=compiler_options(sharded.mesh),
     )
 
 
 def _loss(sharded: ShardedLlama, params: Tree, batch: Batch) -> tuple[Array, Array]:
-    logits_BTV: Any = sharded.model.apply(
-        {"params": params}, batch.tokens, batch.segments
-    )
+    batch, positions_1T = _in_order(sharded, batch)
+    model, counted = sharded.model, (batch.targets, batch.weights)
+    read = {"params": params}, batch.tokens, batch.segments, positions_1T
+    if sharded.loss_chunks == 1:
+        logits_BTV: Any = model.apply(*read)
+        with jax.named_scope("loss"):
+            return next_token_loss(logits_BTV, *counted)
+    hidden_BTD: Any = model.apply(*read, method="hidden")
     with jax.named_scope("loss"):
-        return next_token_loss(logits_BTV, batch.targets, batch.weights)
+        return chunked_next_token_loss(
+            hidden_BTD,
+            params["unembed"]["kernel"],
+            *counted,
+            chunks=sharded.loss_chunks,
+            parts=axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.VOCAB)),
+            constrain=model.constrain,
+        )
+
+
+def _in_order(sharded: ShardedLlama, batch: Batch) -> tuple[Batch, Array | None]:
+    """The batch in the order in which devices share a row, and its positions.
+
+    Done here and not where rows are read: some integers a step change places, and
+    everything outside of the program has rows as they are written.
+    """
+    parts = axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.SEQUENCE))
+    if parts == 1:
+        return batch, None
+    order_T = context.placement(batch.tokens.shape[1], parts)
+    constrain = sharded.model.constrain
+
+    def place(x_BT: Array) -> Array:
+        # Whole rows first: XLA aborts where it is to index a split row on a mesh of
+        # data x context x tensor.
+        x_BT = constrain(x_BT, axes.BATCH, None)[:, order_T]
+        return constrain(x_BT, axes.BATCH, axes.SEQUENCE)
+
+    return jax.tree.map(place, batch), jnp.asarray(order_T)[None]
 
 
 # Summed loss, summed weights, and the gradient of the summed loss.
@@ -138,12 +176,37 @@ _Sums = tuple[Array, Array, Tree]
 def _loss_and_grads(
     sharded: ShardedLlama, params: Tree, batch: Batch, accumulate: int
 ) -> _Sums:
+    """The sums over the whole batch.
+
+    Each replica works through its own rows, part by part, and only then are the sums
+    of replicas added: over the slow network between slices gradients go once a step.
+    Within a replica the compiler splits the work, and scatters each part's gradients.
+    """
+
+    def replica(params: Tree, batch: Batch) -> _Sums:
+        sums = _accumulated(sharded, params, batch, accumulate)
+        return jax.lax.psum(sums, axes.DATA)
+
+    if sharded.mesh.shape[axes.DATA] == 1:
+        return _accumulated(sharded, params, batch, accumulate)
+    whole, rows = jax.P(), jax.P(axes.DATA)
+    specs = (jax.tree.map(lambda _: whole, params), jax.tree.map(lambda _: rows, batch))
+    out = (whole, whole, specs[0])
+    return per_device(replica, sharded.mesh, specs, out, axes=(axes.DATA,))(
+        params, batch
+    )
+
+
+def _accumulated(
+    sharded: ShardedLlama, params: Tree, batch: Batch, accumulate: int
+) -> _Sums:
+    specs = jax.tree.map(lambda sharding: sharding.spec, sharded.param_shardings)
+
     def part(params: Tree, batch: Batch) -> _Sums:
         (loss_sum, weight_sum), grads = jax.value_and_grad(
             lambda params: _loss(sharded, params, batch), has_aux=True
         )(params)
-        grads = jax.lax.with_sharding_constraint(grads, sharded.param_shardings)
-        return loss_sum, weight_sum, grads
+        return loss_sum, weight_sum, jax.lax.with_sharding_constraint(grads, specs)
 
     if accumulate == 1:
         return part(params, batch)

@@ -40,3 +40,25 @@ def test_entries_that_are_damaged(tmp_path):
     for entry in entries:
         entry.write_bytes(b"damaged")
     run(tmp_path)
+
+
+def test_several_cpu_devices_keep_nothing_unless_told(tmp_path):
+    env = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    program = """
+import jax
+from sharding import hosts
+hosts.cache_compilations()
+print(jax.device_count(), jax.config.jax_compilation_cache_dir)
+"""
+    for flags, said in (
+        ("--xla_force_host_platform_device_count=2", "2 None"),
+        ("", f"1 {tmp_path}/llama-jax/compilations"),
+    ):
+        ran = subprocess.run(
+            [sys.executable, "-c", program],
+            env=env | {"XLA_FLAGS": flags, "XDG_CACHE_HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert ran.stdout.strip() == said

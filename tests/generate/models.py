@@ -20,6 +20,8 @@ from sharding import MeshConfig, decoding_rules, make_mesh
 CONFIG = dataclasses.replace(LlamaConfig.tiny(), vocab_size=384, max_length=32)
 ONE = MeshConfig(fsdp=1)
 EIGHT = MeshConfig(fsdp=2, tensor=4)
+# Twice as many devices as key/value heads.
+COPIES = MeshConfig(fsdp=1, tensor=8)
 
 
 @functools.cache

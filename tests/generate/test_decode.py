@@ -5,13 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llama_jax.config.sampling import Greedy, TopP
 from llama_jax.generate.decode import Vocabulary, decode, prefill
 from llama_jax.generate.sample import Rule
 from sharding import decoding_rules
 from sharding.axes import BATCH, KV_HEADS, LAYERS, SEQUENCE
-from tests.generate.models import CONFIG, EIGHT, ONE, model
+from tests.generate.models import CONFIG, COPIES, EIGHT, ONE, model
 
 PROMPTS = ([1, 50, 60, 70, 80], [1], [1, 200, 300], [1] + list(range(100, 112)))
 NUM_SLOTS, NUM_PROMPT = 32, 16
@@ -132,9 +133,24 @@ def test_chunks_of_steps_make_the_whole_and_use_its_memory():
     assert np.array_equal(after.tokens, whole.tokens)
 
 
-def test_eight_devices_write_the_same():
+@pytest.mark.parametrize("mesh", [EIGHT, COPIES], ids=["eight", "copies"])
+def test_eight_devices_write_the_same(mesh):
     sampler = TopP(0.9, temperature=1.5)
-    same(run(PROMPTS, mesh=EIGHT, sampler=sampler), run(PROMPTS, sampler=sampler))
+    same(run(PROMPTS, mesh=mesh, sampler=sampler), run(PROMPTS, sampler=sampler))
+
+
+def test_devices_that_share_a_head_keep_one_each():
+    """Of the cache; weights are those of any mesh, and computed with head by head."""
+    sharded, params = model(COPIES)
+    assert sharded.model.kv_copies == 2
+    key = params["blocks"]["attention"]["key"]
+    assert key.shape == model()[1]["blocks"]["attention"]["key"].shape
+    state = start(PROMPTS, mesh=COPIES)
+    for part in (state.cache.keys, state.cache.values):
+        assert part.addressable_shards[0].data.shape[3] == 1
+    # Two neighbours keep the same head.
+    heads = np.asarray(state.cache.keys)[:, :, :NUM_PROMPT]
+    np.testing.assert_array_equal(heads[..., ::2, :], heads[..., 1::2, :])
 
 
 def test_the_cache_is_split_over_the_mesh_and_the_rest_is_whole():

@@ -1,6 +1,7 @@
 """One tiny model, one batch, and what a mesh makes of them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from llama_jax.build import ShardedLlama, build
 from llama_jax.config import LlamaConfig
 from llama_jax.config.train import OptimizerConfig
 from llama_jax.data.batch import Batch
+from llama_jax.model import layers
+from llama_jax.model.ring import GatheredAttention, RingAttention
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import TrainState, fresh_state
 from llama_jax.train.step import make_train_step
@@ -33,15 +36,28 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-def place(mesh: MeshConfig, *, num_devices: int, sequence_parallel: bool = False):
+# Attention across the axis `context`, by name; tiles small enough to be several.
+CROSSING = {
+    "ring": functools.partial(RingAttention, tile=1),
+    "gathered": GatheredAttention,
+}
+
+
+def place(
+    mesh: MeshConfig,
+    *,
+    num_devices: int,
+    sequence_parallel: bool = False,
+    crossing: str = "",
+    config: LlamaConfig = CONFIG,
+):
     """The tiny model on a mesh of some of the devices."""
-    return build(
-        CONFIG,
-        make_mesh(mesh, jax.devices()[:num_devices]),
-        training_rules(sequence_parallel=sequence_parallel),
-        dtype="float32",
-        remat="none",
-    )
+    devices = make_mesh(mesh, jax.devices()[:num_devices])
+    rules = training_rules(sequence_parallel=sequence_parallel)
+    attend = layers.attend
+    if crossing:
+        attend = CROSSING[crossing](mesh=devices, rules=rules)
+    return build(config, devices, rules, dtype="float32", remat="none", attend=attend)
 
 
 def make_batch(seed: int, *, rows: int = 8, length: int = 16) -> Batch:

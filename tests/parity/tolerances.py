@@ -20,3 +20,7 @@ ORDER_PARAMS_RELATIVE = 1e-4
 
 # Bfloat16 against float32, as a multiple of the difference that Meta's code shows.
 BFLOAT16_MULTIPLE = 1.5
+
+# The splash kernel in bfloat16 against float32, relative to the largest value: two
+# roundings of a number with 8 bits.
+SPLASH_BFLOAT16_RELATIVE = 2**-7

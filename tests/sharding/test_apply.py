@@ -13,6 +13,7 @@ from sharding import (
     constrain,
     make_mesh,
     param_shardings,
+    per_device,
     training_rules,
 )
 
@@ -113,3 +114,26 @@ def test_two_of_a_kind_are_equal():
     """A model that holds one is a static argument: equality saves a compilation."""
     assert constrain(RULES, MESH) == constrain(RULES, MESH)
     assert hash(constrain(RULES, MESH)) == hash(constrain(RULES, MESH))
+
+
+def test_per_device_sees_parts_and_nests():
+    """The replicas by hand, and inside of them the heads by hand, and no axis twice."""
+    x = jnp.arange(32.0).reshape(4, 8)
+    mesh, rows = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2)), ("data", "fsdp")
+    seen = []
+
+    def heads(x):
+        seen.append(x.shape)
+        return jax.lax.psum(jnp.sum(x, axis=1), "tensor")
+
+    def replica(x):
+        pinned = constrain(RULES, mesh)(x, "batch", "mlp")
+        seen.append(pinned.shape)
+        sums = per_device(heads, mesh, jax.P(rows, "tensor"), jax.P(rows))
+        return jax.lax.psum(jnp.sum(sums(pinned)), "data")
+
+    summed = per_device(replica, mesh, jax.P("data"), jax.P(), axes=("data",))
+    with jax.set_mesh(mesh):
+        total = jax.jit(summed)(x)
+    assert seen == [(2, 8), (1, 4)]  # of 4 x 8: by data; then by fsdp and tensor
+    assert float(total) == float(x.sum())

@@ -76,10 +76,10 @@ def test_rows_of_each_host_make_one_batch(two_hosts):
 
 
 def test_what_differs_is_named_on_every_host(two_hosts):
-    for number, found in enumerate(two_hosts):
+    for found in two_hosts:
         assert found["complaint"] == (
-            f"host {number} of 2: the hosts do not agree on data: start all of them "
-            "with the same command, code and files."
+            "the hosts do not agree on data: start all of them with the same command, "
+            "code and files."
         )
 
 
@@ -90,11 +90,46 @@ def test_a_host_alone_starts_and_agrees_with_itself(monkeypatch):
     hosts.require_agreement(data="digest")
 
 
-def test_a_host_that_cannot_join_says_what_to_set(monkeypatch):
-    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
-    monkeypatch.delenv("JAX_NUM_PROCESSES", raising=False)
-    with pytest.raises(ShardingError, match="JAX_NUM_PROCESSES.*on every host"):
+@pytest.mark.parametrize(
+    ("address", "num_hosts", "host", "told"),
+    [
+        ("10.0.0.1:8476", None, None, r"not JAX_NUM_PROCESSES and JAX_PROCESS_ID: set"),
+        (None, "2", "0", r"and JAX_PROCESS_ID set, but not JAX_COORDINATOR_ADDRESS"),
+        ("10.0.0.1", "2", "0", r"ADDRESS is '10.0.0.1': give host and port"),
+        ("10.0.0.1:8476", "two", "0", r"PROCESSES is 'two': give a positive number"),
+        ("10.0.0.1:8476", "2", "2", r"PROCESS_ID is '2': .* from 0 to 1, since"),
+        ("10.0.0.1:8476", "2", "-1", r"PROCESS_ID is '-1': .* from 0 to 1, since"),
+    ],
+)
+def test_variables_that_make_no_sense_are_refused(
+    monkeypatch, address, num_hosts, host, told
+):
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    for name, value in zip(names, (address, num_hosts, host), strict=True):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    with pytest.raises(ShardingError, match=told):
         hosts.start()
+
+
+def test_a_cluster_that_cannot_be_joined_is_not_one_host_alone(monkeypatch):
+    """Else each host of a pod would train by itself, all into one place."""
+
+    def initialize(**settings):
+        assert settings["heartbeat_timeout_seconds"] == 7
+        raise RuntimeError("Failed to recognize coordinator address pod-0")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(ShardingError, match="coordinator address pod-0.*every host"):
+        hosts.start(heartbeat_seconds=7)
+
+
+def test_a_host_alone_answers_itself():
+    assert hosts.any_host(True) and not hosts.any_host(False)
+    with pytest.raises(ValueError, match="a disk"), hosts.failing_together():
+        raise ValueError("a disk")
 
 
 def test_rows_of_a_host_alone_are_the_batch():

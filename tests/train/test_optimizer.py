@@ -28,6 +28,7 @@ def test_the_paper():
         "eps": 1e-5,
         "weight_decay": 0.1,
         "clip_norm": 1.0,
+        "moments": "float32",
     }
 
 
@@ -135,3 +136,74 @@ def test_weight_decay_is_for_matrices_not_for_norms():
 def test_values_out_of_range_are_refused(field, value):
     with pytest.raises(ConfigError, match=f"{field} is {value}: it must be"):
         dataclasses.replace(PAPER, **{field: value})
+
+
+NARROW = dataclasses.replace(PAPER, moments="bfloat16", peak_lr=0.1, warmup_steps=1)
+WIDE = dataclasses.replace(NARROW, moments="float32")
+
+
+def _moment_bytes(config):
+    shapes = jax.eval_shape(
+        make_optimizer(config, 10).init, abstract_params(LlamaConfig.tiny())
+    )
+    leaves = [leaf for leaf in jax.tree.leaves(shapes) if leaf.ndim]
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def test_bfloat16_moments_are_half_as_large():
+    assert _moment_bytes(WIDE) == 2 * _moment_bytes(NARROW) > 0
+
+
+def test_only_what_is_kept_is_rounded():
+    """The first update is that of float32: nothing was kept before it."""
+    params = {"kernel": jnp.array([1.0, -2.0, 3.0])}
+    gradient = {"kernel": jnp.array([0.1, 0.3, -0.2])}
+    updates, states = {}, {}
+    for config in (WIDE, NARROW):
+        optimizer = make_optimizer(config, 10)
+        state = optimizer.init(params)
+        updates[config], states[config] = optimizer.update(gradient, state, params)
+    np.testing.assert_array_equal(updates[NARROW]["kernel"], updates[WIDE]["kernel"])
+    for moment in ("mu", "nu"):
+        kept, exact = (
+            optax.tree_utils.tree_get(states[config], moment)["kernel"]
+            for config in (NARROW, WIDE)
+        )
+        np.testing.assert_array_equal(kept, exact.astype(jnp.bfloat16))
+        assert np.any(kept.astype(jnp.float32) != exact)
+
+
+def _trained(config) -> list[float]:
+    """Losses of a straight line that is fitted to noisy points."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(64, 8)).astype(np.float32)
+    y = x @ rng.normal(size=(8, 4)) + 0.1 * rng.normal(size=(64, 4))
+    optimizer = make_optimizer(config, 100)
+
+    def loss(params):
+        return jnp.mean(jnp.square(x @ params["kernel"] - y))
+
+    def step(carry, _):
+        params, state = carry
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = optimizer.update(gradient, state, params)
+        return (optax.apply_updates(params, updates), state), value
+
+    params = {"kernel": jnp.zeros((8, 4))}
+    run = jax.jit(
+        lambda params: jax.lax.scan(step, (params, optimizer.init(params)), None, 100)
+    )
+    return run(params)[1].tolist()
+
+
+def test_training_with_bfloat16_moments_stays_near_float32():
+    narrow, wide = _trained(NARROW), _trained(WIDE)
+    assert wide[-1] < 0.01 * wide[0]
+    np.testing.assert_allclose(narrow, wide, atol=0.01 * wide[0])
+    assert narrow[-1] < 1.05 * wide[-1]
+    assert narrow != wide
+
+
+def test_other_types_of_moments_are_refused():
+    with pytest.raises(ConfigError, match="moments is 'float16': .* float32, bfloat16"):
+        dataclasses.replace(PAPER, moments="float16")

@@ -1,5 +1,7 @@
 """Runs from beginning to end: what they leave, and what a second start makes of it."""
 
+import contextlib
+import dataclasses
 import logging
 import math
 import os
@@ -14,13 +16,14 @@ import llama_jax
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.config.recipe import load_recipe
 from llama_jax.data import ValidationData
-from llama_jax.errors import CheckpointError, DataError, TrainingError
+from llama_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from llama_jax.train import loop
 from llama_jax.train import pretrain as pretraining
 from llama_jax.train.metrics import METRICS, read_metrics
 from llama_jax.train.pretrain import check_layout, pretrain
 from sharding import MeshConfig, ShardingError
 from tests import runs
+from tests.compilation import compiled_anew
 from tests.data import corpus
 from tests.parity import tolerances
 
@@ -94,12 +97,20 @@ def test_a_finished_run_started_again_changes_nothing(whole, data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4)], ids=str
+    "mesh",
+    [
+        MeshConfig(fsdp=8),
+        MeshConfig(fsdp=2, tensor=4),
+        pytest.param(MeshConfig(fsdp=4, context=2), marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=1, tensor=8), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_another_mesh_goes_on_from_the_same_values(whole, data, tmp_path, mesh):
     shutil.copytree(whole, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "8")
-    assert pretrain(runs.recipe(data, mesh=mesh), tmp_path / "run")
+    with compiled_anew() if mesh.context > 1 else contextlib.nullcontext():
+        assert pretrain(runs.recipe(data, mesh=mesh), tmp_path / "run")
     after, before = runs.saved(tmp_path / "run", 8), runs.saved(whole, 8)
     for name in before:
         largest = np.abs(before[name]).max()
@@ -216,6 +227,70 @@ def test_a_batch_that_does_not_divide_says_what_would(data, tmp_path):
         check_layout(recipe)
 
 
+@pytest.mark.parametrize(
+    ("part", "values", "mesh", "says"),
+    [
+        (
+            "model",
+            {"num_heads": 4, "num_kv_heads": 4},
+            {"tensor": 8},
+            r"8 devices of mesh axes tensor do not share num_heads 4 and num_kv_heads "
+            r"4 evenly: .*one of \[1, 2, 4\]",
+        ),
+        (
+            "model",
+            {"dim": 96, "num_heads": 12, "num_kv_heads": 6},
+            {"fsdp": 2, "tensor": 4},
+            r"4 devices .* num_kv_heads 6 evenly: .*one of \[1, 2, 3, 6, 12\]",
+        ),
+        ("model", {"hidden_dim": 100}, {"tensor": 8}, r"'mlp' axis of size 100 .* 8"),
+        ("model", {"vocab_size": 401}, {"tensor": 8}, r"'vocab' axis of size 401"),
+        (
+            "model",
+            {"dim": 60, "num_heads": 2, "num_kv_heads": 2},
+            {"fsdp": 8},
+            r"'embed' axis of size 60 .* \[1, 2, 3, 4, 5, 6\]",
+        ),
+        ("data", {"sequence_length": 12}, {"context": 4, "fsdp": 2}, r"row of 12 .* 8"),
+        (
+            "data",
+            {"sequence_length": 12},
+            {"context": 2, "tensor": 4},
+            r"row of 12 positions .* 8 devices of mesh axes context x tensor",
+        ),
+    ],
+)
+def test_what_does_not_divide_is_refused_before_it_runs(part, values, mesh, says):
+    recipe = runs.changed(runs.recipe("data"), part, **values)
+    recipe = dataclasses.replace(
+        recipe,
+        mesh=MeshConfig(**{"fsdp": 1} | mesh),
+        sequence_parallel=mesh.get("tensor", 1) > 1 and part == "data",
+    )
+    with pytest.raises(ShardingError, match=says):
+        check_layout(recipe)
+
+
+@pytest.mark.parametrize(
+    ("values", "sizes", "says"),
+    [
+        ({"loss_chunks": 16}, {"tensor": 2, "fsdp": 4}, r"16 .* 200 pieces .*1, 2, 4"),
+        ({"attention": "splash"}, {"fsdp": 8}, r'tiles of .* or attention "dot"'),
+    ],
+)
+def test_what_only_the_compiler_would_find_is_refused_before(values, sizes, says):
+    recipe = runs.changed(runs.recipe("data"), "train", **values)
+    recipe = dataclasses.replace(recipe, mesh=MeshConfig(**sizes))
+    with pytest.raises(ValueError, match=says):
+        check_layout(recipe)
+
+
+def test_a_kernel_for_another_device_is_refused(data, tmp_path):
+    recipe = runs.changed(runs.recipe(data), "train", attention="splash")
+    with pytest.raises(ConfigError, match="for TPUs, .* cpu: use --train"):
+        pretrain(recipe, tmp_path)
+
+
 def test_data_of_a_larger_vocabulary_are_refused(data, tmp_path):
     recipe = runs.changed(runs.recipe(data), "model", vocab_size=399)
     with pytest.raises(DataError, match=r"400 pieces, and model.vocab_size is 399"):
@@ -250,10 +325,9 @@ def test_layout_of_a_pod_is_checked_without_one():
     assert float(text.split("; ")[1].split()[0]) == pytest.approx(
         12 * held / 2**30, abs=0.006
     )
-    too_many = runs.changed(recipe, "mesh", tensor=16, fsdp=8)
-    with pytest.raises(ShardingError, match=r"kv_heads.*size 8.*16 devices"):
-        check_layout(too_many)
-    assert math.isclose(recipe.train.num_steps * 1024 * 4096, 2e12, rel_tol=1e-5)
+    # Two devices for each of the 8 key/value heads, whose weights are then whole.
+    assert "tensor 16" in check_layout(runs.changed(recipe, "mesh", tensor=16, fsdp=8))
+    assert math.isclose(recipe.train.num_steps * 256 * 4096, 2e12, rel_tol=1e-5)
 
 
 @pytest.mark.parametrize("moment", ["compile", "validate", "save"])

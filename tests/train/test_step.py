@@ -187,6 +187,16 @@ def test_evaluation_gives_sums(sharded, params):
     assert float(whole) / 64 == pytest.approx(np.log(256), rel=0.02)
 
 
+def test_evaluation_with_the_loss_in_chunks(sharded, params):
+    totals = []
+    for chunks in (1, 4):
+        evaluate = make_eval_step(dataclasses.replace(sharded, loss_chunks=chunks))
+        with jax.set_mesh(sharded.mesh):
+            placed = jax.device_put(params, sharded.param_shardings)
+            totals.append(float(evaluate(placed, _batch())[0]))
+    assert totals[1] == pytest.approx(totals[0], rel=1e-6)
+
+
 def test_items_of_a_checkpoint_are_the_state(state):
     items = to_items(state)
     assert items.keys() == {"params", "optimizer"}
