@@ -7,6 +7,13 @@ PYTHON ?= $(shell for python in python3 python3.11 python3.12 python3.13 python3
 		2>/dev/null && echo $$python && break; done)
 STAMP := $(VENV)/.installed
 PYTEST := $(VENV)/bin/python -m pytest
+# Planning compiles with libtpu, and the newest Python gets the newest one.
+PLAN_VENV ?= .venv-plan
+PLAN_PYTHON ?= $(shell for minor in 13 12 11; do for python in python3.$$minor \
+	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python3; do \
+	"$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && exit; done; done)
+PLAN_STAMP := $(PLAN_VENV)/.installed
+comma := ,
 
 # Answers computed by Meta's code; the cases that need them are left out without them.
 LLAMA_REFERENCE ?= ../shared/reference
@@ -22,13 +29,21 @@ help:  ## Show this list.
 
 setup: $(STAMP)  ## Make the environment: .venv, with everything installed.
 
-$(STAMP): pyproject.toml
-	@test -n '$(PYTHON)' || { echo 'No Python 3.11 or newer with venv was found:' \
+# Make an environment: its directory, the Python, the extras.
+define install
+	@test -n '$(2)' || { echo 'No Python 3.11 or newer with venv was found:' \
 		'install one, or name it: make PYTHON=/path/to/python3' >&2; exit 1; }
-	@echo 'Installing into $(VENV) with $(PYTHON); the first time takes some minutes.'
-	@$(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/pip install -qq --disable-pip-version-check -e '.[dev,demo]'
+	@echo 'Installing into $(1) with $(2); the first time takes some minutes.'
+	@$(2) -m venv $(1)
+	@$(1)/bin/pip install -qq --disable-pip-version-check -e '.[$(3)]'
 	@touch $@
+endef
+
+$(STAMP): pyproject.toml
+	$(call install,$(VENV),$(PYTHON),dev$(comma)demo)
+
+$(PLAN_STAMP): pyproject.toml
+	$(call install,$(PLAN_VENV),$(PLAN_PYTHON),dev$(comma)demo$(comma)tpu)
 
 demo: $(STAMP)  ## Train a small Llama 2 on English text, then let it write.
 	@$(VENV)/bin/python -m scripts.demo
@@ -55,5 +70,6 @@ endef
 slow: $(STAMP)  ## Run the tests that take longer than 5 seconds each.
 	$(call run_marked,slow and not (torch or plan or network))
 
-plan: $(STAMP)  ## Compile every recipe for its pod (needs the extra [tpu]).
-	$(call run_marked,plan)
+plan: $(PLAN_STAMP)  ## Compile every recipe for its pod; write docs/performance.md's table.
+	@$(PLAN_VENV)/bin/python -m pytest -n 2 -m plan
+	@$(PLAN_VENV)/bin/python -m scripts.plan_table

@@ -39,3 +39,7 @@ class GenerationError(LlamaError, ValueError):
 
 class TrainingError(LlamaError):
     """A run that cannot go on: a loss that is not a number, memory exhausted."""
+
+
+class PlanError(LlamaError, ValueError):
+    """A topology that does not exist, or a plan that cannot be made."""

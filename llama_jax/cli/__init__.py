@@ -10,12 +10,13 @@ from llama_jax import __version__
 from llama_jax.errors import LlamaError
 from sharding import ShardingError
 
-COMMANDS = ("train", "generate", "inspect", "data")
+COMMANDS = ("train", "plan", "generate", "inspect", "data")
 
 _USAGE = """\
 usage: llama-jax COMMAND ...
 
   train RECIPE            run a recipe, or go on with it
+  plan RECIPE             does it fit a TPU slice, how fast, which layout is best
   generate CHECKPOINT     let a model write
   inspect PATH            what is this: format, sizes, dtype, integrity
   data STEP               text to a tokenizer, text to rows of tokens
@@ -29,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
       The exit status: 0 done; 1 refused, with the reason; 75 stopped on request with
-      all saved; 130 after Ctrl-C.
+      all saved; 76 another host was lost; 130 after Ctrl-C.
     """
     name, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)

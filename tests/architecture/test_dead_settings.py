@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llama_jax.build import build_for
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
 from llama_jax.config.recipe import PretrainRecipe, paper_optimizer
@@ -16,7 +17,9 @@ from llama_jax.errors import ConfigError
 from llama_jax.model import Llama, param_axes
 from llama_jax.model.count import abstract_params
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from sharding import AxisRules, MeshConfig, axes, make_mesh
+from llama_jax.train.pretrain import pretrain
+from sharding import AxisRules, MeshConfig, ShardingError, axes, hosts, make_mesh
+from tests import runs
 from tests.architecture.tree import ROOT
 
 MODEL = LlamaConfig(
@@ -51,6 +54,7 @@ OTHER_OPTIMIZER = {
     "eps": 1e-1,
     "weight_decay": 0.5,
     "clip_norm": 0.5,
+    "moments": "bfloat16",
 }
 # The mesh axis that each factor makes longer.
 MESH_AXIS = {
@@ -182,6 +186,56 @@ def _attributes_read() -> set[str]:
                 if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                     read.add(node.attr)
     return read
+
+
+# Settings of a run that change the model as it is built, on two devices of a row.
+OTHER_BUILT = {
+    "compute_dtype": "bfloat16",
+    "remat": "full",
+    "loss_chunks": 2,
+    "attention": "splash",
+    "context_attention": "gathered",
+}
+
+
+@pytest.mark.parametrize("field", OTHER_BUILT)
+def test_each_setting_of_what_is_built(field):
+    mesh = make_mesh(MeshConfig(fsdp=1, context=2), jax.devices()[:2])
+    # The kernel of `attention` is for rows that are gathered: a ring has its own.
+    plain = {"context_attention": "gathered"} if field == "attention" else {}
+
+    def built(**settings):
+        sharded = build_for(
+            PretrainRecipe(
+                model=MODEL,
+                data=DataConfig(paths=("data",), sequence_length=8, seed=0),
+                optimizer=OPTIMIZER,
+                train=dataclasses.replace(TRAIN, **plain | settings),
+                mesh=MeshConfig(),
+                sequence_parallel=False,
+                topology="",
+            ),
+            mesh,
+        )
+        return sharded.model, sharded.loss_chunks
+
+    assert built() == built()
+    assert built(**{field: OTHER_BUILT[field]}) != built()
+
+
+def test_each_setting_of_several_hosts(monkeypatch):
+    given = {}
+
+    def start(**settings):
+        given.update(settings)
+        raise ShardingError("enough is seen")
+
+    monkeypatch.setattr(hosts, "start", start)
+    recipe = runs.recipe("data")
+    other = {"heartbeat_seconds": 7, "join_seconds": 11}
+    with pytest.raises(ShardingError, match="enough"):
+        pretrain(runs.changed(recipe, "train", **other), "unused")
+    assert other.items() <= given.items()
 
 
 @pytest.mark.parametrize("config", [TrainConfig, DataConfig, PretrainRecipe])

@@ -69,6 +69,14 @@ def test_foundations_need_little(folder):
     assert foreign == set()
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_are_seen_by_import_linter(package):
+    """It passes over a folder without `__init__.py`, whatever that imports."""
+    folders = {path.parent for path in (ROOT / package).rglob("*.py")}
+    assert folders
+    assert not [path for path in folders if not (path / "__init__.py").exists()]
+
+
 def test_import_is_light():
     program = textwrap.dedent("""
         import sys, time, jax

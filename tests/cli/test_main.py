@@ -108,7 +108,7 @@ def test_dry_run_prints_the_resolved_recipe(capsys):
     assert main([*argv, "--optimizer.peak-lr", "1e-4"]) == 0
     text, summary = capsys.readouterr().out.rsplit("}\n", 1)
     assert json.loads(text + "}")["optimizer"]["peak_lr"] == 1e-4
-    assert "6,738,415,616 parameters; 4,194,304 tokens a step" in summary
+    assert "6,738,415,616 parameters; 1,048,576 tokens a step" in summary
 
 
 def test_the_commands_of_a_run(trained, capsys):

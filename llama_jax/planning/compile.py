@@ -1,0 +1,207 @@
+"""A recipe's real training step, compiled for a pod that is not there.
+
+The step is the one that `train` runs; only its arguments are shapes instead of arrays,
+so nothing is ever computed or held. What the compiler says of memory is a fact, and so
+is the program it schedules; `schedule.py` predicts from that how long it takes.
+"""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from llama_jax.build import build_for
+from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.data.batch import Batch
+from llama_jax.errors import PlanError
+from llama_jax.planning import topology as tpu
+from llama_jax.planning.topology import Topology
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.pretrain import check_layout
+from llama_jax.train.state import abstract_state
+from llama_jax.train.step import batch_sharding, make_train_step
+from sharding import make_mesh
+
+_GIB = 2**30
+# How the compiler words it, by version: "(24.50G) exceeds available HBM (15.75G)", or
+# "Used 24.50G of 15.75G hbm".
+_REFUSAL = re.compile(
+    r"(?:Used |\()([\d.]+)([KMGT])\)? (?:of|exceeds available HBM \() ?([\d.]+)([KMGT])"
+)
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes of one chip while a step runs, as the compiler has laid them out.
+
+    Attributes:
+      parameters: weights.
+      optimizer: the moments and counts.
+      activations: the peak less parameters and optimizer: saved activations, gradients
+        and all else that lives within a step.
+      peak: the most that is held at once.
+      limit: what the chip has.
+      host: what is moved to the host's memory.
+    """
+
+    parameters: int
+    optimizer: int
+    activations: int
+    peak: int
+    limit: int
+    host: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """What the compiler made of a recipe.
+
+    Attributes:
+      recipe: whose step it is.
+      topology: compiled for.
+      mesh: the topology's devices, as the recipe lays them out.
+      memory: of each chip.
+      text: the scheduled program; "" where it does not fit, as there is none then.
+      problem: what the compiler said if it does not fit, else "".
+      seconds: that tracing and compiling took.
+    """
+
+    recipe: PretrainRecipe
+    topology: Topology
+    mesh: jax.sharding.Mesh
+    memory: Memory
+    text: str
+    problem: str
+    seconds: float
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program can run on these chips."""
+        return not self.problem
+
+
+def compile_step(
+    recipe: PretrainRecipe,
+    topology: Topology,
+    *,
+    compiler_options: Mapping[str, str | bool] | None = None,
+) -> CompiledStep:
+    """Compile one training step.
+
+    Args:
+      recipe: whose mesh must have as many devices as the topology has chips.
+      topology: the slices.
+      compiler_options: the compiler's own, on top of its defaults.
+
+    Raises:
+      PlanError: libtpu is missing or fails.
+      ShardingError: mesh, model, batch and topology do not divide.
+    """
+    began = time.monotonic()
+    check_layout(dataclasses.replace(recipe, topology=topology.name))
+    mesh = make_mesh(recipe.mesh, tpu.devices(topology))
+    sharded = build_for(recipe, mesh)
+    optimizer = make_optimizer(recipe.optimizer, recipe.train.num_steps)
+    step = make_train_step(
+        sharded,
+        optimizer,
+        make_schedule(recipe.optimizer, recipe.train.num_steps),
+        accumulate=recipe.train.accumulate,
+        spike_norm=recipe.train.spike_norm,
+    )
+    assert isinstance(step, jax.stages.Wrapped)
+    state = abstract_state(sharded, optimizer)
+    batch = _abstract_batch(recipe, batch_sharding(sharded))
+    with jax.set_mesh(mesh):
+        lowered = step.lower(state, batch)
+    parameters = _bytes_per_chip(state.params)
+    moments = _bytes_per_chip(state.opt_state)
+    text, problem, host, limit = "", "", 0, topology.chip.hbm_bytes
+    try:
+        with uncached():
+            compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        peak, limit = memory_refused(error)
+        problem = (
+            f"a step needs {peak / _GIB:.2f} GiB per chip, and the {limit / _GIB:.2f} "
+            f"GiB of {topology.chip.name} are less"
+        )
+    else:
+        text, stats = compiled.as_text() or "", compiled.memory_analysis()
+        assert stats is not None
+        peak, host = stats.peak_memory_in_bytes, stats.host_temp_size_in_bytes
+    return CompiledStep(
+        recipe=recipe,
+        topology=topology,
+        mesh=mesh,
+        memory=Memory(
+            parameters=parameters,
+            optimizer=moments,
+            activations=peak - parameters - moments,
+            peak=peak,
+            limit=limit,
+            host=host,
+        ),
+        text=text,
+        problem=problem,
+        seconds=time.monotonic() - began,
+    )
+
+
+@contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Compile without leaving the program in JAX's cache.
+
+    It would never be of use: without a TPU, JAX cannot read it again.
+    """
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)
+
+
+def memory_refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
+    """Bytes that a program needs and that there are, from the compiler's refusal."""
+    said = _REFUSAL.search(str(error))
+    if said is None:
+        raise PlanError(
+            f"the TPU compiler failed: {str(error).strip()} If libtpu is not the one "
+            "that this JAX asks for, install that: pip install 'llama-jax[tpu]'."
+        ) from error
+    needed, needed_unit, there, there_unit = said.groups()
+    limit = int(float(there) * _UNITS[there_unit])
+    # Two decimals may be the same, and the refusal stands.
+    return max(int(float(needed) * _UNITS[needed_unit]), limit + 1), limit
+
+
+def _abstract_batch(
+    recipe: PretrainRecipe, sharding: jax.sharding.NamedSharding
+) -> Batch:
+    shape = (recipe.train.batch_size, recipe.data.sequence_length)
+
+    def array(dtype: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    return Batch(
+        tokens=array(jnp.int32),
+        targets=array(jnp.int32),
+        weights=array(jnp.float32),
+        segments=array(jnp.int32) if recipe.data.segments else None,
+    )
+
+
+def _bytes_per_chip(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
