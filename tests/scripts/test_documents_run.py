@@ -39,6 +39,9 @@ def test_commands_run_dry(document, place, capsys):
                 assert status == int(comment == "refused"), (words, said)
             case ["make", *_]:
                 subprocess.run([*words, "-n"], cwd=ROOT, check=True)
+            case [path, *rest] if path.endswith(".sh"):
+                assert "--dry-run" in rest
+                subprocess.run([ROOT / path, *rest], check=True)
             case [path, *_] if (ROOT / path).is_file():
                 pass
             case _:
