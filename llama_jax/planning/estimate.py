@@ -37,7 +37,7 @@ MATMUL_EFFICIENCY = 0.82
 # Of the time that collectives take, the share that no arithmetic hides; on v4 the
 # compiler makes those of fsdp synchronous.
 EXPOSED = {"v4": 1.0, "v5e": 0.3, "v5p": 0.4, "v6e": 0.3}
-# Attention across `context` is compiled in tiles, without a kernel: share of peak.
+# Attention across `context` without the kernel is compiled in tiles: share of peak.
 _TILED_EFFICIENCY = 0.07
 # All that is neither product nor kernel, forward and backward, as passes over one
 # layer's residual stream through HBM.
@@ -270,11 +270,13 @@ def _compute(sizes: _Sizes) -> dict[str, float]:
     length = recipe.data.sequence_length
     kernel = 2 * kernels * tokens * (length + min(_TILE, length)) * width
     peak = chip.peak_flops
-    if sizes.context > 1:
-        attention = kernel / (peak * _TILED_EFFICIENCY)
-    elif recipe.train.attention == "splash":
+    crosses = sizes.context > 1
+    ring = crosses and recipe.train.context_attention == "ring"
+    if recipe.train.attention == "splash" and not ring:
         share = KERNEL_EFFICIENCY.get(chip.name, USUAL_KERNEL_EFFICIENCY)
         attention = kernel / (peak * share)
+    elif crosses:
+        attention = kernel / (peak * _TILED_EFFICIENCY)
     else:  # the whole square, and scores that pass through memory some ten times
         moved = 10 * c.num_layers * _scores(sizes) * recipe.train.accumulate
         attention = 2 * kernel / (peak * MATMUL_EFFICIENCY)

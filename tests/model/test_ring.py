@@ -268,7 +268,11 @@ def test_on_a_tpu_the_next_keys_are_on_their_way_while_these_are_read():
     for computation in program.split("\n\n"):
         found = re.findall(kinds, computation)
         if "while" in found and "ENTRY" not in computation and len(found) > 1:
-            around.append([kind for kind, _ in itertools.groupby(found)])
-    # The loops around the ring, forward and backward.
-    expected = ["collective-permute-start", "while", "collective-permute-done"]
-    assert around == [expected, expected]
+            around.append(found)
+    # The loops around the ring, forward and backward: what the next step needs has
+    # left before the tiles of this one, and is not waited for until after them.
+    assert len(around) == 2
+    for found in around:
+        tiles = found.index("while")
+        assert "collective-permute-start" in found[:tiles]
+        assert "collective-permute-done" not in found[:tiles]
