@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llama_jax.config.sampling import Greedy, MinP, TopK, TopP
+    from llama_jax.conversion.converter import convert
     from llama_jax.llm import load
     from llama_jax.planning.plan import plan
     from llama_jax.text.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
-__all__ = ["Greedy", "MinP", "Tokenizer", "TopK", "TopP", "load", "plan"]
+__all__ = ["Greedy", "MinP", "Tokenizer", "TopK", "TopP", "convert", "load", "plan"]
 
 # The module that each name of the public surface comes from.
 _HOMES = {
@@ -25,6 +26,7 @@ _HOMES = {
     "Tokenizer": "llama_jax.text.tokenizer",
     "TopK": "llama_jax.config.sampling",
     "TopP": "llama_jax.config.sampling",
+    "convert": "llama_jax.conversion.converter",
     "load": "llama_jax.llm",
     "plan": "llama_jax.planning.plan",
 }

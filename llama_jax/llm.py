@@ -11,19 +11,13 @@ from jaxtyping import Float
 from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama, build
-from llama_jax.checkpoint.manager import CHECKPOINTS, open_run
-from llama_jax.checkpoint.params import (
-    ARCHITECTURE,
-    ParamsCheckpoint,
-    open_params,
-    place,
-    save_params,
-)
+from llama_jax.checkpoint.params import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.config.sampling import Sampler, TopP
 from llama_jax.config.train import ComputeType
-from llama_jax.conversion import MetaCheckpoint, read_meta
-from llama_jax.errors import CheckpointError, ConfigError, GenerationError
+from llama_jax.conversion import open_checkpoint
+from llama_jax.conversion.proof import require_files
+from llama_jax.errors import ConfigError, GenerationError
 from llama_jax.generate import Completion, Generator, score
 from llama_jax.generate.generator import Prompt
 from llama_jax.generate.rows import require_ids
@@ -175,7 +169,8 @@ def load(
     Each device gets only its own part of the parameters.
 
     Args:
-      path: Meta's directory, what `LLM.save` wrote, or the work directory of a run.
+      path: a directory of Meta's or of Hugging Face's, what `LLM.save` wrote, or the
+        work directory of a run.
       dtype: of parameters and arithmetic, "float32" or "bfloat16"; None takes that of
         the files, and bfloat16 where they are float16, which no TPU multiplies.
       mesh: the devices; None takes the first one. See `sharding.make_mesh`.
@@ -185,10 +180,12 @@ def load(
     Raises:
       CheckpointError: it is no checkpoint that is known, or is damaged.
       TokenizerError: the tokenizer is missing where it was said to be, or does not fit.
-      ShardingError: the mesh does not divide the model.
+      ShardingError: the mesh does not divide the model, or another host cannot load it.
     """
     hosts.cache_compilations()
-    source = open_checkpoint(path, max_length=max_length)
+    with hosts.failing_together():
+        source = open_checkpoint(path, max_length=max_length)
+    require_files(source)
     if dtype is None:
         dtype = "bfloat16" if source.dtype == jnp.float16 else str(source.dtype)
     elif dtype not in get_args(ComputeType):
@@ -200,39 +197,6 @@ def load(
         tokenizer = source.tokenizer_path
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
-    params = source.load(sharded.param_shardings, dtype=jnp.dtype(dtype))
+    with hosts.failing_together():
+        params = source.load(sharded.param_shardings, dtype=jnp.dtype(dtype))
     return LLM(sharded, params, tokenizer)
-
-
-def open_checkpoint(
-    path: epath.PathLike, *, max_length: int
-) -> MetaCheckpoint | ParamsCheckpoint:
-    """Find out what a checkpoint is by what is in it, and open it without reading it.
-
-    Args:
-      path: a directory.
-      max_length: the context in tokens, where the files do not say.
-
-    Raises:
-      CheckpointError: it does not exist, is not known, or is damaged.
-    """
-    directory = place(path)
-    if not directory.exists():
-        raise CheckpointError(f"{path} does not exist: check the path.")
-    if not directory.is_dir():
-        raise CheckpointError(
-            f"{path} is a file: give the directory that the checkpoint's files are in."
-        )
-    names = {entry.name for entry in directory.iterdir()}
-    if any(name.endswith(".pth") for name in names):
-        return read_meta(str(path), max_length=max_length)
-    if ARCHITECTURE in names:
-        return open_params(directory)
-    if CHECKPOINTS in names or {"params", "recipe"} <= names:
-        return open_run(directory)
-    found = ", ".join(sorted(names)[:8]) or "nothing"
-    raise CheckpointError(
-        f"{path} is no checkpoint of a kind that is known: it holds {found}. Known are "
-        "Meta's directories (consolidated.00.pth, params.json), what `save` wrote "
-        f"({ARCHITECTURE}) and the work directory of a run ({CHECKPOINTS})."
-    )

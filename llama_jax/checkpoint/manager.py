@@ -21,7 +21,9 @@ from etils import epath
 from llama_jax.checkpoint.params import (
     TOKENIZER,
     ParamsCheckpoint,
+    absolute,
     first_line,
+    in_chunks,
     open_orbax,
 )
 from llama_jax.config import LlamaConfig
@@ -51,7 +53,7 @@ class RunCheckpoints:
     def __init__(
         self, workdir: epath.PathLike, *, keep_latest: int, keep_period: int
     ) -> None:
-        self._directory = epath.Path(workdir).absolute() / CHECKPOINTS
+        self._directory = absolute(epath.Path(workdir)) / CHECKPOINTS
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -113,7 +115,7 @@ class RunCheckpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(state["params"]),
+                    params=in_chunks(state["params"]),
                     optimizer=ocp.args.StandardSave(state["optimizer"]),
                     data=ocp.args.JsonSave({"position": position}),
                     recipe=ocp.args.JsonSave(to_json(recipe)),

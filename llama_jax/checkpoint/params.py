@@ -6,25 +6,36 @@ DIRECTORY/params/             Orbax; written last, and whole or not at all
 """
 
 import dataclasses
+import functools
 import json
 import logging
-from collections.abc import Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence, Set
+from typing import Any, Literal
 
+import fsspec
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from etils.epath import backend
 from jax.experimental import multihost_utils
 
+from llama_jax.checkpoint.arrays import Arrays
+from llama_jax.checkpoint.values import all_finite
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.count import abstract_params
 from llama_jax.text.tokenizer import Tokenizer
 from sharding.axes import Tree
 
+_log = logging.getLogger(__name__)
+
 ARCHITECTURE = "architecture.json"
 TOKENIZER = "tokenizer.model"
 PARAMS = "params"
+_CHUNK_BYTES = 2**25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,46 +54,178 @@ class ParamsCheckpoint:
     dtype: jnp.dtype
     tokenizer_path: epath.Path | None
 
-    def load(self, shardings: Tree, *, dtype: jnp.dtype) -> Tree:
-        """The parameters, each device reading only its own part.
+    @property
+    def format(self) -> Literal["orbax"]:
+        """Whose files these are."""
+        return "orbax"
+
+    @property
+    def files(self) -> tuple[epath.Path, ...]:
+        """What changes when the parameters do."""
+        listed = (self.directory / name for name in ("manifest.ocdbt", "_METADATA"))
+        return tuple(file for file in listed if file.exists())
+
+    @functools.cached_property
+    def _arrays(self) -> Arrays:
+        return Arrays(self.directory)
+
+    @functools.cached_property
+    def _not_finite(self) -> set[str]:
+        return set()
+
+    def read(
+        self,
+        path: str,
+        index: tuple[slice, ...] = (),
+        *,
+        dtype: jnp.dtype | None = None,
+    ) -> np.ndarray:
+        """One leaf, or a slice of it, in memory.
+
+        Values that are not finite are logged as a warning, once for a leaf.
+
+        Args:
+          path: of the leaf ("blocks/attention/query").
+          index: a slice with step 1 for each leading axis; the rest are whole.
+          dtype: of the result, if not that of the files.
 
         Raises:
           CheckpointError: files are damaged or missing.
         """
-        target = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(
-                leaf.shape, dtype, sharding=sharding
-            ),
-            abstract_params(self.config),
-            shardings,
-        )
+        dtype = self.dtype if dtype is None else dtype
         try:
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-                return checkpointer.restore(
-                    self.directory, args=ocp.args.StandardRestore(target)
-                )
+            array = self._arrays.open(path.replace("/", "."))
+            part: np.ndarray = array[index or ...].read().result()
         except (ValueError, OSError, KeyError) as error:
-            raise CheckpointError(
-                f"{self.directory} cannot be read: {first_line(error)}. Files of it "
-                "are damaged or missing: copy or save it again."
-            ) from error
+            raise self._unreadable(error) from error
+        if path not in self._not_finite and not all_finite(part):
+            self._not_finite.add(path)
+            _log.warning("%s: NaN or infinity in %s.", self.directory, path)
+        return part.astype(dtype, copy=False)
+
+    def load(self, shardings: Tree, *, dtype: jnp.dtype) -> Tree:
+        """The parameters, each host reading only what its devices hold.
+
+        Raises:
+          CheckpointError: files are damaged or missing.
+        """
+        return load_leaves(
+            self.read, abstract_params(self.config), shardings, dtype=dtype
+        )
+
+    def _unreadable(self, error: Exception) -> CheckpointError:
+        return CheckpointError(
+            f"{self.directory} cannot be read: {first_line(error)}. Files of it are "
+            "damaged or missing: copy or save it again."
+        )
+
+
+def load_leaves(
+    read: Callable[..., np.ndarray], leaves: Tree, shardings: Tree, *, dtype: jnp.dtype
+) -> Tree:
+    """All parameters, each host reading only what its devices hold, and that once.
+
+    What one host holds of one leaf is in memory beside the leaves done: restoring by
+    Orbax holds as much as all leaves of the host are.
+
+    Args:
+      read: a checkpoint's method: a leaf by its path, or the part at an index.
+      leaves: a tree of what has the shape of each.
+      shardings: a tree of where the parts of each go.
+      dtype: of the result.
+    """
+
+    def load(
+        path: tuple[Any, ...],
+        leaf: jax.ShapeDtypeStruct,
+        sharding: jax.sharding.Sharding,
+    ) -> jax.Array:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        held = sharding.addressable_devices_indices_map(leaf.shape)
+        parts = {
+            device: tuple(
+                range(size)[part]
+                for part, size in zip(index or (), leaf.shape, strict=True)
+            )
+            for device, index in held.items()
+        }
+        arrays = []
+        for box in _boxes(set(parts.values())):
+            index = tuple(slice(side.start, side.stop) for side in box)
+            content = read(name, index, dtype=dtype)
+            if not content.flags.writeable:
+                # Mapped. A CPU's array would be these bytes, and change with the file.
+                content = np.array(content)
+            for device, part in parts.items():
+                if all(map(_is_inside, part, box)):
+                    inside = tuple(
+                        slice(side.start - first.start, side.stop - first.start)
+                        for side, first in zip(part, box, strict=True)
+                    )
+                    block = np.ascontiguousarray(content[inside])
+                    arrays.append(jax.device_put(block, device).block_until_ready())
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
+
+    return jax.tree_util.tree_map_with_path(load, leaves, shardings)
+
+
+def _boxes(parts: Set[tuple[range, ...]]) -> list[tuple[range, ...]]:
+    """What to read for these parts: one box, if they fill it; else each by itself."""
+
+    def size(box: Sequence[range]) -> int:
+        return math.prod(map(len, box))
+
+    around = tuple(
+        range(min(side.start for side in sides), max(side.stop for side in sides))
+        for sides in zip(*parts, strict=True)
+    )
+    return [around] if size(around) <= sum(map(size, parts)) else sorted(parts, key=str)
+
+
+def _is_inside(part: range, box: range) -> bool:
+    return box.start <= part.start and part.stop <= box.stop
 
 
 def place(path: epath.PathLike) -> epath.Path:
     """A path that can be used from here: a local one, or one in a bucket.
 
+    Of a bucket, what others have written by now is seen.
+
     Raises:
-      CheckpointError: the package that reads such buckets is not installed.
+      CheckpointError: the package that reads such buckets is not installed; the bucket
+        does not exist, or may not be read.
     """
     try:
         found = epath.Path(path)
+        if is_remote(found):
+            filesystem(found).invalidate_cache()
         found.exists()
     except ImportError as error:
         raise CheckpointError(
             f"{path} is in a bucket, and the package that reads it is not installed "
             f"({error}): for gs:// paths, pip install 'llama-jax[gcs]'."
         ) from error
+    except Exception as error:  # what a bucket's client raises has no common kind
+        raise CheckpointError(
+            f"{path} cannot be looked at: {first_line(error)}. Check the name, and "
+            "that you may read it (gcloud auth application-default login)."
+        ) from error
     return found
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether a path is in a bucket."""
+    return "://" in str(path)
+
+
+def absolute(path: epath.Path) -> epath.Path:
+    """The path from the root of a disk; epath would put a bucket on the disk too."""
+    return path if is_remote(path) else path.absolute()
+
+
+def filesystem(path: epath.Path) -> fsspec.AbstractFileSystem:
+    """What epath reads a bucket through, for what epath itself has no way to ask."""
+    return backend.fsspec_backend.fs(path)
 
 
 def save_params(
@@ -111,11 +254,24 @@ def save_params(
             if tokenizer is not None:
                 (directory / TOKENIZER).write_bytes(tokenizer.model_bytes)
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-            checkpointer.save(
-                (directory / PARAMS).absolute(), args=ocp.args.StandardSave(params)
-            )
+            checkpointer.save(absolute(directory / PARAMS), args=in_chunks(params))
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be written: {error}.") from error
+
+
+def in_chunks(params: Tree) -> ocp.args.StandardSave:
+    """What Orbax is to save, each layer in chunks of its own.
+
+    An array that one device holds would be one chunk, and a chunk is read whole: of a
+    stacked matrix, to get at one layer.
+    """
+
+    def chunks(leaf: jax.Array) -> ocp.SaveArgs:
+        if leaf.ndim < 2:
+            return ocp.SaveArgs()
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+
+    return ocp.args.StandardSave(params, save_args=jax.tree.map(chunks, params))
 
 
 def _is_unfinished(entry: epath.Path) -> bool:
@@ -152,7 +308,7 @@ def open_orbax(
       CheckpointError: a parameter is missing, superfluous or of another shape. (Orbax
         by itself restores another shape without a word.)
     """
-    directory = epath.Path(directory).absolute()
+    directory = absolute(epath.Path(directory))
     found = _stored(directory)
     expected = {
         _dotted(path): leaf.shape
@@ -169,12 +325,17 @@ def open_orbax(
             f"{directory} does not hold the model it says: {'; '.join(wrong[:3])}"
             f"{f'; and {len(wrong) - 3} more' if len(wrong) > 3 else ''}."
         )
-    dtypes = sorted({str(leaf.dtype) for leaf in found.values()})
+    dtypes = {jnp.dtype(leaf.dtype) for leaf in found.values()}
+    widest = jnp.dtype(jnp.result_type(*dtypes))
     if len(dtypes) > 1:
-        logging.getLogger(__name__).warning(
-            "%s mixes %s; read as %s.", directory, ", ".join(dtypes), dtypes[-1]
+        mixed = ", ".join(sorted(map(str, dtypes)))
+        _log.warning(
+            "%s mixes %s; read as %s, which holds each exactly.",
+            directory,
+            mixed,
+            widest,
         )
-    return ParamsCheckpoint(directory, config, jnp.dtype(dtypes[-1]), tokenizer)
+    return ParamsCheckpoint(directory, config, widest, tokenizer)
 
 
 def _stored(directory: epath.Path) -> dict[str, ocp.metadata.ArrayMetadata]:

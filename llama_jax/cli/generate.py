@@ -10,7 +10,7 @@ import tyro
 
 import llama_jax
 from llama_jax.config.sampling import TopP
-from llama_jax.llm import open_checkpoint
+from llama_jax.conversion import open_checkpoint
 from llama_jax.model import num_params
 from sharding import MeshConfig, make_mesh
 

@@ -8,10 +8,14 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.conversion import MetaCheckpoint
+from llama_jax.cli.progress import bytes_progress
+from llama_jax.conversion import AnyCheckpoint, open_checkpoint
+from llama_jax.conversion.manifest import Manifest
+from llama_jax.conversion.proof import read_digests, require_digests, require_files
 from llama_jax.data.prepared import MANIFEST, Prepared
-from llama_jax.llm import open_checkpoint
 from llama_jax.model import num_params
+
+_OWNERS = {"meta": "Meta's", "hf": "Hugging Face's", "orbax": "Orbax"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +24,13 @@ class Options:
 
     Attributes:
       path: a directory.
+      verify: read all of it: compare digests, look for NaN.
       max_length: the context in tokens, where the files do not say.
       dry_run: the same: nothing is ever changed.
     """
 
     path: tyro.conf.Positional[str]
+    verify: bool = False
     max_length: int = 4096
     dry_run: bool = False
 
@@ -48,13 +54,37 @@ def _facts(options: Options) -> dict[str, object]:
     if (Path(options.path) / MANIFEST).exists():
         return _data_facts(Prepared.load(options.path))
     source = open_checkpoint(options.path, max_length=options.max_length)
-    kind = "Meta's" if isinstance(source, MetaCheckpoint) else "Orbax"
-    return {
-        "checkpoint": f"{kind}, {source.directory}",
+    recorded = Manifest.of(source)
+    facts: dict[str, object] = {
+        "checkpoint": f"{_OWNERS[source.format]}, {source.directory}",
+        "files": f"{len(source.files)}, {_size(source)}",
         "parameters": f"{num_params(source.config):,}, {source.dtype}",
         "tokenizer": source.tokenizer_path or "none",
         **dataclasses.asdict(source.config),
     }
+    if recorded is not None:
+        facts["converted from"] = _OWNERS[recorded.source]
+        facts["weights' sha256"] = recorded.fingerprint
+    if options.verify:
+        facts["integrity"] = _integrity(source, recorded)
+    return facts
+
+
+def _size(source: AnyCheckpoint) -> str:
+    num_bytes = num_params(source.config) * source.dtype.itemsize
+    return f"{num_bytes / 1e9:.2f} GB of weights"
+
+
+def _integrity(source: AnyCheckpoint, recorded: Manifest | None) -> str:
+    """What reading all of it shows; damage is an error."""
+    with bytes_progress() as watch:
+        require_files(source)
+        found = read_digests(source, watch=watch)
+    if recorded is not None:
+        require_digests(source, found, recorded)
+        return "every weight is as it was converted"
+    listed = "files are as checklist.chk says, " if source.format == "meta" else ""
+    return f"{listed}all weights can be read; no digests of them are recorded"
 
 
 def _data_facts(prepared: Prepared) -> dict[str, object]:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from llama_jax.errors import ConfigError
 
@@ -27,6 +27,17 @@ _META_KEYS = frozenset(
         "max_seq_len",
     }
 )
+
+
+class TextFile(Protocol):
+    """A path, on a disk or in a bucket."""
+
+    def read_text(self, encoding: str) -> str:
+        """All of it."""
+        ...
+
+
+JsonSource = str | TextFile | Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -200,7 +211,7 @@ class LlamaConfig:
     @classmethod
     def from_params_json(
         cls,
-        source: str | Path | Mapping[str, Any],
+        source: JsonSource,
         *,
         max_length: int,
         vocab_size: int | None = None,
@@ -262,7 +273,7 @@ class LlamaConfig:
             raise ConfigError(f"{where}: {error}") from error
 
     @classmethod
-    def from_hf_config(cls, source: str | Path | Mapping[str, Any]) -> Self:
+    def from_hf_config(cls, source: JsonSource) -> Self:
         """The architecture that a Hugging Face `config.json` describes.
 
         Raises:
@@ -331,13 +342,11 @@ def hidden_dim(dim: int, *, multiple_of: int, ffn_dim_multiplier: float | None) 
     return multiple_of * math.ceil(width / multiple_of)
 
 
-def _read_json(
-    source: str | Path | Mapping[str, Any], name: str
-) -> tuple[str, dict[str, Any]]:
+def _read_json(source: JsonSource, name: str) -> tuple[str, dict[str, Any]]:
     """What to call the source in an error, and its content."""
     if isinstance(source, Mapping):
         return name, dict(source)
-    path = Path(source)
+    path = Path(source) if isinstance(source, str) else source
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

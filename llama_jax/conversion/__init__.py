@@ -1,5 +1,6 @@
-"""Checkpoints of other programs, read into this project's parameter tree."""
+"""Checkpoints of other programs: read into this project's parameters, and written."""
 
-from llama_jax.conversion.meta import MetaCheckpoint, read_meta
+from llama_jax.conversion.converter import Conversion, convert
+from llama_jax.conversion.detect import AnyCheckpoint, open_checkpoint
 
-__all__ = ["MetaCheckpoint", "read_meta"]
+__all__ = ["AnyCheckpoint", "Conversion", "convert", "open_checkpoint"]

@@ -18,9 +18,10 @@ from llama_jax.build import ShardedLlama, build_for, params_layout
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.checkpoint.params import TOKENIZER, place
 from llama_jax.config.recipe import PretrainRecipe, differences, to_json
+from llama_jax.conversion import open_checkpoint
+from llama_jax.conversion.proof import require_files
 from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
 from llama_jax.errors import CheckpointError, ConfigError, DataError
-from llama_jax.llm import open_checkpoint
 from llama_jax.model.count import abstract_params
 from llama_jax.model.flash import Blocks
 from llama_jax.text import Tokenizer
@@ -301,6 +302,7 @@ def _restore_or(
     if init_from is None:
         return fresh_state(sharded, optimizer, sharded.init(recipe.train.seed)), 0
     source = open_checkpoint(init_from, max_length=recipe.model.max_length)
+    require_files(source)
     other = {
         field: change
         for field, change in differences(

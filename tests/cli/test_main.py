@@ -81,8 +81,6 @@ def test_a_misspelt_option_gets_the_nearest(capsys):
         (["generate", "nowhere", "--top-p", "0"], "top-p"),
         (["inspect", str(ROOT / "docs")], "no checkpoint of a kind that is known"),
         (["data", "tokenizer", "--output", "x"], "no text"),
-        (["generate", "gs://bucket/7b"], "pip install 'llama-jax[gcs]'"),
-        (["train", RECIPE, "--workdir", "gs://bucket/7b"], "'llama-jax[gcs]'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )
@@ -92,6 +90,19 @@ def test_errors_are_one_line(argv, reason, capsys):
     assert reason in error
     assert error.count("\n") == 1
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["generate", "gs://bucket/7b"], ["train", RECIPE, "--workdir", "gs://bucket/7b"]],
+    ids=lambda argv: argv[0],
+)
+def test_a_bucket_without_its_package(argv, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    assert main(argv) == 1
+    error = capsys.readouterr().err
+    assert "pip install 'llama-jax[gcs]'" in error
+    assert error.count("\n") == 1
 
 
 def test_an_invalid_value_of_a_field_is_said(capsys):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.config import LlamaConfig
-from llama_jax.conversion import read_meta
+from llama_jax.conversion.meta import read_meta
 from llama_jax.conversion.pth import read_pth
 from tests.reference import meta_checkpoint
 

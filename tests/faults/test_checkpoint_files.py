@@ -7,7 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from llama_jax.conversion import read_meta
+from llama_jax.conversion.meta import read_meta
+from llama_jax.conversion.proof import require_files
 from llama_jax.errors import CheckpointError, ConfigError
 from tests.reference.meta_checkpoint import (
     PARAMS,
@@ -32,9 +33,16 @@ def directory(tmp_path, shards):
     return write_checkpoint(tmp_path / "a model", shards)
 
 
+def _open(directory):
+    """As `load` does."""
+    checkpoint = read_meta(directory, max_length=64)
+    require_files(checkpoint)
+    return checkpoint
+
+
 def _refused(directory, match, kind=CheckpointError):
     with pytest.raises(kind, match=match) as caught:
-        read_meta(directory, max_length=64)
+        _open(directory)
     return str(caught.value)
 
 
@@ -48,7 +56,6 @@ def test_the_undamaged_checkpoint_loads(directory):
 def test_a_directory_that_is_none(tmp_path):
     _refused(tmp_path / "absent", "absent is not a directory")
     _refused(tmp_path, r"has no consolidated\.00\.pth")
-    _refused("gs://bucket/llama-2-7b", "copy the directory to a local disk")
 
 
 def test_a_flipped_bit(directory):
@@ -202,10 +209,23 @@ def test_a_vocabulary_of_another_size(tmp_path, shards):
     _refused(tmp_path, r"tok_embeddings\.weight has shape \(48, 16\), .* \(50, 16\)")
 
 
-def test_mixed_dtypes(tmp_path, shards):
-    half = {name: tensor.astype(np.float16) for name, tensor in shards[1].items()}
-    write_checkpoint(tmp_path, [shards[0], half])
-    _refused(tmp_path, r"01\.pth: .* is float16, but .* of consolidated\.00\.pth is fl")
+def test_mixed_dtypes_are_read_as_the_widest(tmp_path, shards, caplog):
+    half = {
+        name: tensor.astype(np.float16) if tensor.ndim == 2 else tensor
+        for name, tensor in shards[1].items()
+    }
+    checkpoint = _open(write_checkpoint(tmp_path, [shards[0], half]))
+    assert "mixes float16, float32; read as float32" in caplog.text
+    table = checkpoint.read("embed/table")
+    assert table.dtype == np.float32
+    assert np.array_equal(table[:, :16], shards[0]["tok_embeddings.weight"])
+    assert np.array_equal(table[:, 16:], half["tok_embeddings.weight"])
+
+
+def test_a_dtype_that_no_weights_have(tmp_path, shards):
+    shards[0]["norm.weight"] = shards[0]["norm.weight"].astype(np.int64)
+    write_checkpoint(tmp_path, shards)
+    _refused(tmp_path, r"00\.pth: norm\.weight is int64; weights are float32, float16")
 
 
 def test_copies_that_differ(tmp_path, shards):

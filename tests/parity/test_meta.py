@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama_jax.conversion.meta import MetaCheckpoint, read_meta
+from llama_jax.conversion.meta import read_meta
 from llama_jax.conversion.names import PARAMETERS
 from llama_jax.conversion.rope import half_split_order
+from llama_jax.conversion.stored import TensorCheckpoint
 from llama_jax.model import Llama, layers, mask
 from llama_jax.model.transformer import Block, unconstrained
 from llama_jax.train.losses import next_token_loss
@@ -27,7 +28,7 @@ from tests.parity.tolerances import (
 CASES = ("s1_mha_mp1_bf16", "s2_gqa_mp2_fp16", "s3_gqa_mp4_bf16_flat")
 
 
-def _params(checkpoint: MetaCheckpoint):
+def _params(checkpoint: TensorCheckpoint):
     """All leaves as a tree, in float32."""
     tree: dict = {}
     for path in checkpoint.shapes:

@@ -41,6 +41,7 @@ SPLIT_DIM = {
     "w3": 0,
 }
 _STORAGES = {
+    np.dtype(np.int64): "LongStorage",
     np.dtype(np.float32): "FloatStorage",
     np.dtype(np.float16): "HalfStorage",
     np.dtype(ml_dtypes.bfloat16): "BFloat16Storage",
