@@ -13,6 +13,9 @@ PLAN_PYTHON ?= $(shell for minor in 13 12 11; do for python in python3.$$minor \
 	"$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/3.$$minor.*/bin/python3; do \
 	"$$python" -c 'import ensurepip' 2>/dev/null && echo "$$python" && exit; done; done)
 PLAN_STAMP := $(PLAN_VENV)/.installed
+# Nothing else needs PyTorch, so it stays out of the other environments.
+TORCH_VENV ?= .venv-torch
+TORCH_STAMP := $(TORCH_VENV)/.installed
 comma := ,
 
 # Answers computed by Meta's code; the cases that need them are left out without them.
@@ -21,7 +24,7 @@ ifneq ($(wildcard $(LLAMA_REFERENCE)/.),)
 export LLAMA_REFERENCE := $(abspath $(LLAMA_REFERENCE))
 endif
 
-.PHONY: help setup demo test check slow plan docs
+.PHONY: help setup demo test check slow plan torch docs
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -44,6 +47,9 @@ $(STAMP): pyproject.toml
 
 $(PLAN_STAMP): pyproject.toml
 	$(call install,$(PLAN_VENV),$(PLAN_PYTHON),dev$(comma)demo$(comma)tpu)
+
+$(TORCH_STAMP): pyproject.toml
+	$(call install,$(TORCH_VENV),$(PYTHON),dev$(comma)torch)
 
 demo: $(STAMP)  ## Train a small Llama 2 on English text, then let it write.
 	@$(VENV)/bin/python -m scripts.demo
@@ -73,3 +79,6 @@ slow: $(STAMP)  ## Run the tests that take longer than 5 seconds each.
 plan: $(PLAN_STAMP)  ## Compile every recipe for its pod; write docs/performance.md's table.
 	@$(PLAN_VENV)/bin/python -m pytest -n 2 -m plan
 	@$(PLAN_VENV)/bin/python -m scripts.plan_table
+
+torch: $(TORCH_STAMP)  ## Compare checkpoints with PyTorch's and transformers' own code.
+	@$(TORCH_VENV)/bin/python -m pytest -n 2 -m torch
