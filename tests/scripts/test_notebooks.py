@@ -21,7 +21,7 @@ def run(notebook: Path, num_cells: int | None = None) -> dict:
 
 
 def test_there_is_a_notebook():
-    assert [path.stem for path in NOTEBOOKS] == ["quickstart"]
+    assert [path.stem for path in NOTEBOOKS] == ["convert", "quickstart"]
 
 
 @EACH

@@ -59,7 +59,9 @@ def test_each_is_careful_and_says_how_it_is_used(path):
     subprocess.run(["bash", "-n", path], check=True)
     done = run(path.name)
     assert done.returncode == 2
-    assert f"scripts/{path.name} NAME --zone ZONE" in done.stderr
+    of_a_pod = path.name != "convert_meta.sh"
+    takes = "NAME --zone ZONE" if of_a_pod else "SOURCE TARGET"
+    assert f"scripts/{path.name} {takes}" in done.stderr
     assert "pipefail" not in done.stderr
 
 
@@ -94,6 +96,23 @@ def test_pretraining_checks_data_and_recipe_before_it_trains(capsys):
     assert words[:3] == ["cd", "llama-jax", "&&"]
     assert cli.main(words[4:]) == 0  # the command line itself is right
     assert '"data with a space"' in capsys.readouterr().out
+
+
+def test_metas_weights_are_converted_looked_at_and_write(place):
+    done = run("convert_meta.sh", "llama-2-7b", "runs/a model", "--prompt", "The")
+    assert done.returncode == 0, done.stderr
+    assert "logits of both ends agree" in done.stdout
+    assert "every weight is as it was converted" in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("The")
+    options = ("--", "--model-parallel", "4")
+    again = run(
+        "convert_meta.sh", "runs/a model", "runs/meta", "--to", "meta", *options
+    )
+    assert again.returncode == 0, again.stderr
+    assert len(list((place / "runs/meta").glob("*.pth"))) == 4
+    refused = run("convert_meta.sh", "llama-2-7b", "runs/meta")
+    assert refused.returncode == 1
+    assert "is not empty" in refused.stderr
 
 
 # Stands for gcloud: two hosts, which end with the next of the statuses in a file each.
