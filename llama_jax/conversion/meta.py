@@ -5,6 +5,7 @@ A released model is `params.json`, `consolidated.NN.pth` for each shard,
 Everything that can be wrong is looked for before any weight is used.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -88,27 +89,39 @@ def verify_checklist(
     Raises:
       CheckpointError: a file is damaged.
     """
-    digests = _read_checklist(directory / CHECKLIST)
-    for file, digest in list(digests.items())[share::of]:
-        found = md5(file, given_up=given_up)
-        if given_up is not None and given_up.is_set():
-            return
-        if found != digest:
+    listed = list(_read_checklist(directory / CHECKLIST).items())[share::of]
+    found = md5s([file for file, _ in listed], given_up=given_up)
+    if given_up is not None and given_up.is_set():
+        return
+    for (file, digest), md5 in zip(listed, found, strict=True):
+        if md5 != digest:
             raise CheckpointError(
-                f"{file} is damaged: its MD5 is {found}, {CHECKLIST} says {digest}. "
+                f"{file} is damaged: its MD5 is {md5}, {CHECKLIST} says {digest}. "
                 "Copy it again."
             )
 
 
-def md5(file: epath.Path, *, given_up: threading.Event | None = None) -> str:
-    """The digest of a file; of a part of it, if that is given up."""
-    digest = hashlib.md5(usedforsecurity=False)
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            digest.update(block)
-            if given_up is not None and given_up.is_set():
-                break
-    return digest.hexdigest()
+def md5s(
+    files: Sequence[epath.Path], *, given_up: threading.Event | None = None
+) -> list[str]:
+    """The digests of files; of parts of them, if that is given up.
+
+    A block of each in turn, as a conversion reads shards, so that what one of the two
+    has read from the disk is still in memory for the other.
+    """
+    digests = [hashlib.md5(usedforsecurity=False) for _ in files]
+    with contextlib.ExitStack() as opened:
+        left = {
+            number: opened.enter_context(file.open("rb"))
+            for number, file in enumerate(files)
+        }
+        while left and not (given_up is not None and given_up.is_set()):
+            for number, stream in list(left.items()):
+                block = stream.read(_BLOCK)
+                digests[number].update(block)
+                if not block:
+                    del left[number]
+    return [digest.hexdigest() for digest in digests]
 
 
 def require_divisible(config: LlamaConfig, num_shards: int, *, where: object) -> None:

@@ -8,6 +8,7 @@ left can be read back. In a bucket files are written from their beginning to the
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import zlib
@@ -196,7 +197,7 @@ class MetaTarget:
             f"{digest}  {file.path.name}\n"
             for file, digest in zip(self._files, digests, strict=True)
         ]
-        lines.append(f"{meta.md5(self._directory / meta.PARAMS)}  {meta.PARAMS}\n")
+        lines.append(f"{hashlib.md5(params.encode()).hexdigest()}  {meta.PARAMS}\n")
         (self._directory / meta.CHECKLIST).write_text("".join(lines))
 
     def close(self) -> None:
@@ -244,7 +245,8 @@ class MetaTarget:
             tail = self._layout.tail(crcs)
             file.write(self._layout.size - len(tail), tail)
         file.finish()
-        return meta.md5(file.path)
+        (digest,) = meta.md5s([file.path])
+        return digest
 
 
 class HfTarget:
