@@ -28,7 +28,8 @@ while [[ $# -gt 0 ]]; do
 done
 [[ -n $source && -n $target ]] || usage
 
-PATH=$(cd "$(dirname "$0")/.." && pwd)/.venv/bin:$PATH
+# The environment in use, else the one that `make setup` makes.
+PATH=$PATH:$(cd "$(dirname "$0")/.." && pwd)/.venv/bin
 
 # 1. What it is: the sizes, the type, whether there is a tokenizer.
 llama-jax inspect "$source"

@@ -1,8 +1,11 @@
 """What README.md and docs/ say can be typed; docs/README.md states the conventions."""
 
 import importlib.util
+import os
 import re
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -30,7 +33,9 @@ def test_python_blocks_run(document, place):
 
 
 @DOCUMENTS
-def test_commands_run_dry(document, place, capsys):
+def test_commands_run_dry(document, place, capsys, monkeypatch):
+    programs = Path(sys.executable).parent
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     for words, comment in commands(document.read_text(encoding="utf-8")):
         match words:
             case ["llama-jax", *rest]:

@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,8 +23,8 @@ TRAIN = (
 )
 
 
-def run(script: str, *words: str, path: Path | None = None):
-    env = os.environ | ({"PATH": f"{path}:{os.environ['PATH']}"} if path else {})
+def run(script: str, *words: str, path: Path = Path(sys.executable).parent):
+    env = os.environ | {"PATH": f"{path}:{os.environ['PATH']}"}
     return subprocess.run(
         [ROOT / "scripts" / script, *words],
         env=env,
