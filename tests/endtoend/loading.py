@@ -88,8 +88,13 @@ def main() -> None:
     what, *words = sys.argv[2:]
     hosts.start()
     digested = []
-    compute = meta.md5
-    meta.md5 = lambda file, **how: digested.append(file.name) or compute(file, **how)
+    compute = meta.md5s
+
+    def noted(files, **how):
+        digested.extend(file.name for file in files)
+        return compute(files, **how)
+
+    meta.md5s = noted
     if what == "measure":
         sizes, small, large, other = words
         mesh = make_mesh(MeshConfig(**json.loads(sizes)))
