@@ -9,7 +9,7 @@ import pkgutil
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from llama_jax.config.sampling import Greedy, MinP, TopK, TopP
+    from llama_jax.config.sampling import Greedy, MinP, Penalties, TopK, TopP
     from llama_jax.conversion.converter import convert
     from llama_jax.llm import load
     from llama_jax.planning.plan import plan
@@ -17,12 +17,23 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Greedy", "MinP", "Tokenizer", "TopK", "TopP", "convert", "load", "plan"]
+__all__ = [
+    "Greedy",
+    "MinP",
+    "Penalties",
+    "Tokenizer",
+    "TopK",
+    "TopP",
+    "convert",
+    "load",
+    "plan",
+]
 
 # The module that each name of the public surface comes from.
 _HOMES = {
     "Greedy": "llama_jax.config.sampling",
     "MinP": "llama_jax.config.sampling",
+    "Penalties": "llama_jax.config.sampling",
     "Tokenizer": "llama_jax.text.tokenizer",
     "TopK": "llama_jax.config.sampling",
     "TopP": "llama_jax.config.sampling",

@@ -292,8 +292,9 @@ def cache_compilations() -> None:
     """Keep compiled programs on disk, so that the next process need not compile them.
 
     Where JAX is told already (JAX_COMPILATION_CACHE_DIR), nothing changes; else it is
-    told, for this process: the user's cache directory. One that cannot be written is a
-    warning: everything works without, only later.
+    told, for this process: the user's cache directory, which is made for the user alone
+    (mode 0700), since what lies there is run. One that cannot be written is a warning:
+    everything works without, only later.
 
     Not for several CPU devices, simulated or of several processes, unless JAX is told:
     read back from disk, their programs lose the order of collectives that do not depend
@@ -308,7 +309,7 @@ def cache_compilations() -> None:
         directory = os.path.join(home, "llama-jax", "compilations")
     if "://" not in directory:
         try:
-            os.makedirs(directory, exist_ok=True)
+            os.makedirs(directory, mode=0o700, exist_ok=True)
             with tempfile.TemporaryFile(dir=directory):
                 pass
         except OSError as error:
@@ -321,4 +322,5 @@ def cache_compilations() -> None:
             return
     if not chosen:
         jax.config.update(_CACHE_DIR, directory)
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+        # Of many small programs, each takes long in a process that lasts for seconds.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import tyro
 
-from llama_jax.cli.progress import bytes_progress
 from llama_jax.conversion.converter import Conversion, To, convert, make_plan
 from llama_jax.model import num_params
+from llama_jax.progress import bytes_progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

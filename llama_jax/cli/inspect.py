@@ -8,12 +8,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.cli.progress import bytes_progress
 from llama_jax.conversion import AnyCheckpoint, open_checkpoint
 from llama_jax.conversion.manifest import Manifest
 from llama_jax.conversion.proof import read_digests, require_digests, require_files
 from llama_jax.data.prepared import MANIFEST, Prepared
 from llama_jax.model import num_params
+from llama_jax.progress import bytes_progress
 
 _OWNERS = {"meta": "Meta's", "hf": "Hugging Face's", "orbax": "Orbax"}
 

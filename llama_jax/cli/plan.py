@@ -20,7 +20,7 @@ from llama_jax.config.recipe import PretrainRecipe, load_recipe, to_json
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import PlanError
 from llama_jax.planning import report
-from llama_jax.planning.decode import bound_decode, plan_decode
+from llama_jax.planning.decode import Kept, bound_decode, plan_decode
 from llama_jax.planning.energy import Power
 from llama_jax.planning.plan import (
     NO_COMPILER,
@@ -78,6 +78,8 @@ class Options:
       batch: rows, for --decode.
       length: slots of the cache for each row, for --decode; by default the context.
       tensor: chips that share each layer, for --decode; by default as many as can.
+      weights: int8 keeps matrices in one byte a number, for --decode.
+      cache: int8 does so with keys and values, for --decode.
       watts_per_chip: of the power that is counted; by default an assumption.
       overhead: power of the building over that of its chips (PUE).
       kg_co2_per_kwh: of the grid; the default is the paper's.
@@ -99,6 +101,8 @@ class Options:
     batch: int = 8
     length: int | None = None
     tensor: int | None = None
+    weights: Kept = None
+    cache: Kept = None
     watts_per_chip: float | None = None
     overhead: float = Power.overhead
     kg_co2_per_kwh: float = Power.kg_co2_per_kwh
@@ -132,6 +136,13 @@ def run(argv: Sequence[str]) -> int:
     if options.search and options.decode:
         raise PlanError(
             "--search is for training and --decode for inference: give one of them."
+        )
+    of_decode = ("length", "tensor", "weights", "cache")
+    given = [name for name in of_decode if getattr(options, name) is not None]
+    if given and not options.decode:
+        raise PlanError(
+            f"{' and '.join(f'--{name}' for name in given)}: this is for inference, so "
+            "add --decode."
         )
     if options.plot is not None:
         require_matplotlib()
@@ -180,6 +191,8 @@ def _decode(options: Options, recipe: PretrainRecipe) -> int:
         batch=options.batch,
         length=length,
         tensor=options.tensor,
+        weights=options.weights,
+        cache=options.cache,
     )
     if options.json:
         print(json.dumps(report.decode_to_json(plan)))

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of a run: a bar on a terminal, plain lines elsewhere."""
 
 import contextlib
 import time
@@ -8,14 +8,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    DownloadColumn,
     MofNCompleteColumn,
     Progress,
-    TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
-    TransferSpeedColumn,
 )
 
 Watch = Callable[[dict[str, Any]], None]
@@ -71,47 +68,6 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                     "time: " + ", ".join(f"{kind} {part:.1%}" for kind, part in shares),
                     highlight=False,
                 )
-
-        yield watch
-
-
-@contextlib.contextmanager
-def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function that takes a phase, bytes done and bytes in all, and shows them."""
-    console = Console(stderr=True)
-    with contextlib.ExitStack() as stack:
-        if console.is_terminal:
-            bar = stack.enter_context(
-                Progress(
-                    TextColumn("{task.description:8}"),
-                    BarColumn(),
-                    DownloadColumn(),
-                    TransferSpeedColumn(),
-                    TextColumn("left"),
-                    TimeRemainingColumn(),
-                    console=console,
-                )
-            )
-            tasks: dict[str, TaskID] = {}
-
-            def watch(phase: str, done: int, total: int) -> None:
-                if phase not in tasks:
-                    tasks[phase] = bar.add_task(phase, total=total)
-                bar.update(tasks[phase], completed=done)
-        else:
-            started = time.monotonic()
-            last_line = started
-
-            def watch(phase: str, done: int, total: int) -> None:
-                nonlocal last_line
-                now = time.monotonic()
-                if now - last_line >= _SECONDS_BETWEEN_LINES:
-                    last_line = now
-                    console.print(
-                        f"{phase}: {done / 1e9:.2f} of {total / 1e9:.2f} GB after "
-                        f"{now - started:.0f} s",
-                        highlight=False,
-                    )
 
         yield watch
 

@@ -1,7 +1,8 @@
 """How the next token is chosen, as values; the arithmetic is in generate/sample.py.
 
 Each sampler divides the logits by `temperature`, leaves out the tokens that it finds
-too improbable, and draws from the rest. Temperature 0 is greedy.
+too improbable, and draws from the rest. Temperature 0 is greedy. Penalties move the
+logits before any sampler sees them.
 """
 
 import dataclasses
@@ -83,6 +84,39 @@ class MinP:
 
 
 Sampler = Greedy | TopK | TopP | MinP
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Penalties:
+    """What makes a token less probable that was there before.
+
+    Attributes:
+      repetition: divides a positive logit, and multiplies a negative one, of each token
+        of the prompt or the answer (arXiv 1909.05858, section 4.1); 1 changes nothing.
+      presence: taken from the logit of each token of the answer.
+      frequency: taken from it for each time that it came in the answer.
+
+    Raises:
+      ConfigError: repetition is not above 0, or one of them is no finite number.
+    """
+
+    repetition: float = 1.0
+    presence: float = 0.0
+    frequency: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (_is_number(self.repetition) and 0 < self.repetition < math.inf):
+            raise ConfigError(
+                f"repetition penalty is {self.repetition!r}, but it divides logits: "
+                "give a number above 0; 1 changes nothing, and above 1 repeats less."
+            )
+        for name in ("presence", "frequency"):
+            value = getattr(self, name)
+            if not (_is_number(value) and math.isfinite(value)):
+                raise ConfigError(
+                    f"{name} penalty is {value!r}, but it is taken from logits: give a "
+                    "finite number; 0 changes nothing, and above 0 repeats less."
+                )
 
 
 def _require_share(name: str, p: object) -> None:

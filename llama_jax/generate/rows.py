@@ -3,7 +3,7 @@
 Padding changes no answer: attention is causal, and rows ignore each other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Int
@@ -13,6 +13,11 @@ from llama_jax.build import ShardedLlama
 from llama_jax.errors import GenerationError
 from sharding.axes import BATCH
 from sharding.mesh import axis_size
+
+# Positions that are compiled for at the least, and that are read at a time at the most:
+# enough to keep the matrix units busy, few enough for scores to be small.
+_LEAST_POSITIONS = 64
+_CHUNK = 512
 
 
 def require_ids(ids: ArrayLike, *, name: str, vocab_size: int) -> list[int]:
@@ -46,27 +51,54 @@ def require_ids(ids: ArrayLike, *, name: str, vocab_size: int) -> list[int]:
 
 
 def padded(
-    sharded: ShardedLlama, rows: Sequence[Sequence[int]]
+    rows: Sequence[Sequence[int]], num_rows: int, length: int
 ) -> Int[np.ndarray, "B T"]:
     """Rows of ids, each padded at its end, and rows of padding after them: int32."""
-    num_devices = axis_size(sharded.mesh, sharded.rules.mesh_axes(BATCH))
-    num_rows = num_devices * _bucket(-(-len(rows) // num_devices), least=1)
-    tokens = np.zeros((num_rows, length_bucket(sharded, max(map(len, rows)))), np.int32)
+    tokens = np.zeros((num_rows, length), np.int32)
     for row, ids in zip(tokens, rows, strict=False):
         row[: len(ids)] = ids
     return tokens
 
 
-def length_bucket(sharded: ShardedLlama, length: int) -> int:
-    """The positions to compile for: 16, 24, 32, 48, 64, ..., at most `max_length`."""
-    assert length <= sharded.config.max_length, length
-    return min(_bucket(length, least=16), sharded.config.max_length)
+def num_rows_for(sharded: ShardedLlama, num_rows: int) -> int:
+    """The rows to compile for, a multiple of the devices that share them.
 
-
-def _bucket(size: int, *, least: int) -> int:
-    """Two buckets per doubling, so that none is more than half too large."""
-    doubled = least
-    while doubled < size:
-        doubled *= 2
+    Each has 1, 2, 3, 4, 6, 8, 12, ...: two sizes per doubling.
+    """
+    num_devices = axis_size(sharded.mesh, sharded.rules.mesh_axes(BATCH))
+    share = -(-num_rows // num_devices)
+    doubled = _doubled(share, least=1)
     between = doubled * 3 // 4
-    return between if least < doubled and size <= between else doubled
+    return num_devices * (between if 1 < share <= between else doubled)
+
+
+def length_bucket(length: int, most: int) -> int:
+    """The positions to compile for: 64, 128, 256, ..., at most `most`."""
+    assert length <= most, (length, most)
+    return min(_doubled(length, least=_LEAST_POSITIONS), most)
+
+
+def chunks(start: int, stop: int, num_slots: int) -> Iterator[tuple[int, int]]:
+    """The first position and the size of each chunk that together reach `stop`.
+
+    All but the last are of one size, and that is padded to a bucket. Where its padding
+    would leave the slots of the cache, it begins earlier, and reads some tokens again.
+    """
+    while start < stop:
+        size = length_bucket(min(stop - start, _CHUNK, num_slots), num_slots)
+        first = min(start, num_slots - size)
+        yield first, size
+        start = first + size
+
+
+def chunk_sizes(num_slots: int) -> list[int]:
+    """All sizes that `chunks` gives, the smallest first."""
+    return sorted(
+        {length_bucket(n, num_slots) for n in range(1, min(num_slots, _CHUNK) + 1)}
+    )
+
+
+def _doubled(size: int, *, least: int) -> int:
+    while least < size:
+        least *= 2
+    return least

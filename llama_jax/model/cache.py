@@ -1,8 +1,9 @@
-"""Keys and values of the positions so far, preallocated.
+"""Keys and values of the positions so far, preallocated, of one layer.
 
 Slot s of a row holds position s of that row, so rows of different lengths need no
-bookkeeping. Shape suffixes: L layers, B batch, T new positions, S slots, K key/value
-heads, H head width.
+bookkeeping. Heads come before slots: attention multiplies matrices of [S, H], which
+the TPU compiler then leaves where they lie. Shape suffixes: B batch, T new positions,
+S slots, s those of one block, K key/value heads, H head width.
 """
 
 import dataclasses
@@ -13,25 +14,26 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
+from llama_jax.model.int8 import Numbers, Quantized
 from sharding import axes
 from sharding.axes import AxisNames
 
-# Logical axes of `keys` and `values`.
-CACHE_AXES: AxisNames = (axes.LAYERS, axes.BATCH, axes.SEQUENCE, axes.KV_HEADS, None)
+# Logical axes of keys and values; of their scales, if any, without the last.
+CACHE_AXES: AxisNames = (axes.BATCH, axes.KV_HEADS, axes.SEQUENCE, None)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """All layers' keys and values; an argument and a result, never state.
+    """Keys and values of one layer; an argument and a result, never state.
 
     Attributes:
-      keys: [L, B, S, K, H], rotated.
-      values: [L, B, S, K, H].
+      keys: [B, K, S, H], rotated.
+      values: [B, K, S, H].
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Numbers
+    values: Numbers
 
     @classmethod
     def empty(
@@ -43,10 +45,23 @@ class KVCache:
         dtype: jnp.dtype,
         kv_copies: int = 1,
     ) -> Self:
-        """Room for `slots` positions of `batch` rows; `kv_copies` as the model has."""
+        """Room for `slots` positions of `batch` rows.
+
+        Args:
+          config: of the model.
+          batch: rows.
+          slots: positions of each.
+          dtype: of what is kept; int8 is `Quantized`.
+          kv_copies: devices that keep each key/value head, as the model has them.
+        """
         num_kv_heads = config.num_kv_heads * kv_copies
-        shape = (config.num_layers, batch, slots, num_kv_heads, config.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+        shape = (batch, num_kv_heads, slots, config.head_dim)
+
+        def numbers() -> Numbers:
+            zeros = jnp.zeros(shape, dtype)
+            return Quantized(zeros, jnp.zeros(shape[:-1])) if dtype == "int8" else zeros
+
+        return cls(numbers(), numbers())
 
     @property
     def num_slots(self) -> int:
@@ -55,35 +70,41 @@ class KVCache:
 
     def write(
         self,
-        layer: Int[Array, ""],
-        start_B: Int[Array, " B"],
-        k_BTKH: Float[Array, "B T K H"],
-        v_BTKH: Float[Array, "B T K H"],
+        start: Int[Array, ""] | Int[Array, " B"],
+        k_BKTH: Float[Array, "B K T H"],
+        v_BKTH: Float[Array, "B K T H"],
     ) -> Self:
-        """With T positions of one layer put at slots start ... start + T - 1.
+        """With T positions put at slots start ... start + T - 1.
 
-        The slots must exist: nothing clamps or checks `start`.
+        The slots must exist: what does not fit is put elsewhere, and nothing says so.
+
+        Args:
+          start: one slot for all rows; or, where T is 1, one for each.
+          k_BKTH: keys.
+          v_BKTH: values.
         """
-        # A scatter in place: updates of a slice, row by row, would copy the cache.
-        rows_B1 = jnp.arange(k_BTKH.shape[0], dtype=jnp.int32)[:, None]
-        slots_BT = start_B[:, None] + jnp.arange(k_BTKH.shape[1], dtype=jnp.int32)
+        new = KVCache(_like(self.keys, k_BKTH), _like(self.values, v_BKTH))
+        put = _put_at_one if jnp.ndim(start) == 0 else _put_at_each
+        return jax.tree.map(lambda into, part: put(into, part, start), self, new)
 
-        def put(into_LBSKH: Array, new_BTKH: Array) -> Array:
-            return into_LBSKH.at[layer, rows_B1, slots_BT].set(
-                new_BTKH.astype(into_LBSKH.dtype),
-                mode="promise_in_bounds",
-                unique_indices=True,
-            )
+    def first(self, num_slots: int) -> "KVCache":
+        """The first slots of each row."""
+        return jax.tree.map(lambda x: x[:, :, :num_slots], self)
 
-        return dataclasses.replace(
-            self, keys=put(self.keys, k_BTKH), values=put(self.values, v_BTKH)
-        )
 
-    def read(
-        self, layer: Int[Array, ""]
-    ) -> tuple[Float[Array, "B S K H"], Float[Array, "B S K H"]]:
-        """Keys and values of one layer, all slots."""
-        return (
-            jax.lax.dynamic_index_in_dim(self.keys, layer, keepdims=False),
-            jax.lax.dynamic_index_in_dim(self.values, layer, keepdims=False),
-        )
+def _like(kept: Numbers, new: Array) -> Numbers:
+    if isinstance(kept, Quantized):
+        return Quantized.of(new)
+    return new.astype(kept.dtype)
+
+
+def _put_at_one(into: Array, part: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(into, part, start, axis=2)
+
+
+def _put_at_each(into: Array, part: Array, start_B: Array) -> Array:
+    # A scatter in place: updates of a slice, row by row, would copy the cache.
+    rows_B = jnp.arange(part.shape[0], dtype=jnp.int32)
+    return into.at[rows_B, :, start_B].set(
+        part[:, :, 0], mode="promise_in_bounds", unique_indices=True
+    )

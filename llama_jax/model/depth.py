@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Int
 
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.errors import ConfigError
@@ -23,7 +21,7 @@ _PROJECTIONS = (*_ATTENTION_BLOCK, "gate", "up")
 
 
 def run(
-    block: Callable[[Tree, Carry, Int[Array, ""]], Carry],
+    block: Callable[[Tree, Carry], Carry],
     stacked: Tree,
     carry: Carry,
     *,
@@ -32,9 +30,9 @@ def run(
     """`carry` after every block, from first to last.
 
     Args:
-      block: `block(params, carry, layer)`, one layer.
+      block: `block(params, carry)`, one layer.
       stacked: parameters of all layers, stacked on their first axis.
-      carry: what flows through the depth: the residual stream, and a cache if any.
+      carry: what flows through the depth: the residual stream.
       remat: what the backward pass finds saved: "none" recomputes nothing;
         "projections" keeps every matrix product but the feed-forward's last;
         "attention_block" those of attention alone; "attention" only what the kernel
@@ -46,18 +44,16 @@ def run(
     """
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
 
-    def body(carry: Carry, layer: tuple[Tree, Array]) -> tuple[Carry, None]:
-        params, index = layer
-        return block(params, carry, index), None
+    def body(carry: Carry, params: Tree) -> tuple[Carry, None]:
+        return block(params, carry), None
 
-    layers = (stacked, jnp.arange(num_layers, dtype=jnp.int32))
     start = 0
     for policy, stop in _stops(remat, num_layers):
         # One scan for all layers takes the parameters as they are, without a slice.
-        part = layers
+        part = stacked
         if (start, stop) != (0, num_layers):
             part = jax.tree.map(
-                lambda leaf, a=start, b=stop: jax.lax.slice_in_dim(leaf, a, b), layers
+                lambda leaf, a=start, b=stop: jax.lax.slice_in_dim(leaf, a, b), stacked
             )
         carry = jax.lax.scan(_rematerialised(body, policy), carry, part)[0]
         start = stop

@@ -72,13 +72,3 @@ def causal(
     if positions is None:
         positions = jnp.arange(length, dtype=jnp.int32)[None]
     return Mask(positions, positions, segments, segments)
-
-
-def cached(start_B: Int[Array, " B"], num_new: int, num_slots: int) -> Mask:
-    """`num_new` queries from position `start` of each row, over a cache's slots.
-
-    Slot s holds position s, so a slot that is not yet written, or holds padding, lies
-    behind every query and is never seen.
-    """
-    query_BT = start_B[:, None] + jnp.arange(num_new, dtype=jnp.int32)
-    return Mask(query_BT, jnp.arange(num_slots, dtype=jnp.int32)[None])

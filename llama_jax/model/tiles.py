@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from llama_jax.model.int8 import Numbers, Quantized
 from llama_jax.model.layers import MASKED
 from llama_jax.model.mask import Mask
 
@@ -129,7 +130,7 @@ def add(
             here = _mask(at, key_at)
             return jax.lax.cond(
                 here.may_allow(),
-                lambda: _add_tile(running, q, k, v, here),
+                lambda: add_tile(running, q, k, v, here),
                 lambda: running,
             ), None
 
@@ -218,26 +219,37 @@ def gradients(
     return _joined(dq), _joined(dk), _joined(dv)
 
 
-def _scores(q_BKGtH: Array, k_BKsH: Array, mask: Mask) -> Float[Array, "B K G t s"]:
-    scores = _multiply("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH)
-    allowed_Bts = mask.allowed()
-    return jnp.where(
-        allowed_Bts[:, None, None], scores * q_BKGtH.shape[-1] ** -0.5, MASKED
-    )
+def scores(
+    q_BKGtH: Float[Array, "B K G t H"], k_BKsH: Numbers, mask: Mask
+) -> Float[Array, "B K G t s"]:
+    """Give q kᵀ / sqrt(H), float32, where `mask` allows it, else MASKED."""
+    scale = q_BKGtH.shape[-1] ** -0.5
+    if isinstance(k_BKsH, Quantized):
+        scale, k_BKsH = scale * k_BKsH.scale[:, :, None, None], k_BKsH.values
+    scores = _multiply("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH.astype(q_BKGtH.dtype))
+    return jnp.where(mask.allowed()[:, None, None], scores * scale, MASKED)
 
 
-def _add_tile(running: Running, q: Array, k: Array, v: Array, mask: Mask) -> Running:
+def add_tile(
+    running: Running,
+    q: Float[Array, "B K G t H"],
+    k: Numbers,
+    v: Numbers,
+    mask: Mask,
+) -> Running:
+    """With the keys of one tile more, [B, K, s, H]."""
     out, total, peak = running
-    scores = _scores(q, k, mask)
-    new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+    new = scores(q, k, mask)
+    new_peak = jnp.maximum(peak, jnp.max(new, axis=-1))
     # A query that has seen only what is masked has a sum of nonsense, whose peak is
     # MASKED; the first key that it may see scales it by exp(MASKED - ...) = 0.
-    weights = jnp.exp(scores - new_peak[..., None])
+    weights = jnp.exp(new - new_peak[..., None])
     keep = jnp.exp(peak - new_peak)
+    total = total * keep + jnp.sum(weights, axis=-1)
+    if isinstance(v, Quantized):
+        weights, v = weights * v.scale[:, :, None, None], v.values.astype(q.dtype)
     more = _multiply("BKGts,BKsH->BKGtH", weights.astype(v.dtype), v)
-    return Running(
-        out * keep[..., None] + more, total * keep + jnp.sum(weights, axis=-1), new_peak
-    )
+    return Running(out * keep[..., None] + more, total, new_peak)
 
 
 def _tile_gradients(
@@ -249,7 +261,7 @@ def _tile_gradients(
     d_out: Array,
     inner: Array,
 ) -> tuple[Array, Array, Array]:
-    weights = jnp.exp(_scores(q, k, mask) - lse[..., None])
+    weights = jnp.exp(scores(q, k, mask) - lse[..., None])
     dv = _multiply("BKGts,BKGtH->BKsH", weights.astype(d_out.dtype), d_out)
     d_weights = _multiply("BKGtH,BKsH->BKGts", d_out, v)
     d_scores = weights * (d_weights - inner[..., None]) * q.shape[-1] ** -0.5

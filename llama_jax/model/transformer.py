@@ -17,11 +17,9 @@ from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
 from llama_jax.model import depth, layers, mask
-from llama_jax.model.cache import KVCache
 from sharding import axes
 from sharding.axes import Tree
 
-Stream = tuple[Array, KVCache | None]
 Attend = Callable[[Array, Array, Array, mask.Mask], Array]
 Constrain = Callable[..., Array]
 
@@ -105,10 +103,8 @@ class Attention(nn.Module):
         x_BTD: Float[Array, "B T D"],
         angle_BTh: Float[Array, "B T h"],
         pattern: mask.Mask,
-        cache: KVCache | None,
-        layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """What each position gathers, and the cache with its keys and values in it."""
+    ) -> Float[Array, "B T D"]:
+        """What each position gathers."""
         c = self.config
         D, N, K, H = c.dim, c.num_heads, c.num_kv_heads, c.head_dim
 
@@ -129,12 +125,6 @@ class Attention(nn.Module):
         with jax.named_scope("rotary"):
             q_BTNH = checkpoint_name(layers.rotate(q_BTNH, angle_BTh), "query")
             k_BTKH = checkpoint_name(layers.rotate(k_BTKH, angle_BTh), "key")
-        if cache is not None:
-            with jax.named_scope("cache"):
-                cache = cache.write(
-                    layer, pattern.query_positions[:, 0], k_BTKH, v_BTKH
-                )
-                k_BTKH, v_BTKH = cache.read(layer)
         with jax.named_scope("attend"):
             mixed_BTNH = self.attend(q_BTNH, k_BTKH, v_BTKH, pattern)
             mixed_BTNH = self.constrain(
@@ -144,7 +134,7 @@ class Attention(nn.Module):
         with jax.named_scope("out"):
             out_NHD = self.param("out", _INIT, (N, H, D)).astype(x_BTD.dtype)
             out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
-            return layers.written(checkpoint_name(out_BTD, "out")), cache
+            return layers.written(checkpoint_name(out_BTD, "out"))
 
 
 class SwiGLU(nn.Module):
@@ -198,19 +188,15 @@ class Block(nn.Module):
         x_BTD: Float[Array, "B T D"],
         angle_BTh: Float[Array, "B T h"],
         pattern: mask.Mask,
-        cache: KVCache | None,
-        layer: Int[Array, ""],
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
-        """The residual stream after this layer, and the cache."""
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after this layer."""
         with jax.named_scope("attention"):
             normed_BTD = layers.written(self._whole(self.attention_norm(x_BTD)))
-            update_BTD, cache = self.attention(
-                normed_BTD, angle_BTh, pattern, cache, layer
-            )
+            update_BTD = self.attention(normed_BTD, angle_BTh, pattern)
             x_BTD = self._residual(x_BTD + update_BTD)
         with jax.named_scope("mlp"):
             normed_BTD = layers.written(self._whole(self.mlp_norm(x_BTD)))
-            return self._residual(x_BTD + self.mlp(normed_BTD)), cache
+            return self._residual(x_BTD + self.mlp(normed_BTD))
 
     def _residual(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         return self.constrain(x_BTD, axes.BATCH, axes.RESIDUAL, None)
@@ -277,36 +263,6 @@ class Llama(nn.Module):
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last norm; `unembed` turns it into logits."""
         pattern = mask.causal(tokens_BT.shape[1], segments_BT, positions_BT)
-        return self._through(tokens_BT, pattern, None)[0]
-
-    def extend(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        cache: KVCache,
-        start_B: Int[Array, " B"],
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
-        """`hidden` of T more tokens of each row, and the cache with them in it.
-
-        Args:
-          tokens_BT: ids at positions start ... start + T - 1 of each row.
-          cache: keys and values of all positions before.
-          start_B: position of each row's first new token; start + T must not exceed
-            the cache's slots.
-        """
-        pattern = mask.cached(start_B, tokens_BT.shape[1], cache.num_slots)
-        x_BTD, extended = self._through(tokens_BT, pattern, cache)
-        assert extended is not None
-        return x_BTD, extended
-
-    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Logits, float32, of the tokens after each position."""
-        with jax.named_scope("unembed"), _matmul_precision(self.dtype):
-            logits_BTV = self.unembedding(x_BTD)
-            return self.constrain(logits_BTV, axes.BATCH, axes.SEQUENCE, axes.VOCAB)
-
-    def _through(
-        self, tokens_BT: Int[Array, "B T"], pattern: mask.Mask, cache: KVCache | None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
         c = self.config
         with jax.named_scope("embed"):
             x_BTD = self.constrain(
@@ -316,19 +272,21 @@ class Llama(nn.Module):
             pattern.query_positions, head_dim=c.head_dim, theta=c.rope_theta
         )
 
-        def block(params: Tree, stream: Stream, layer: Array) -> Stream:
-            x_BTD, cache = stream
+        def block(params: Tree, x_BTD: Array) -> Array:
             update: Any = self.block.apply(
-                {"params": params}, x_BTD, angle_BTh, pattern, cache, layer
+                {"params": params}, x_BTD, angle_BTh, pattern
             )
             return update
 
-        with jax.named_scope("blocks"), _matmul_precision(self.dtype):
-            x_BTD, cache = depth.run(
-                block, self.blocks, (x_BTD, cache), remat=self.remat
-            )
-        x_BTD = self.constrain(self.final_norm(x_BTD), axes.BATCH, axes.SEQUENCE, None)
-        return x_BTD, cache
+        with jax.named_scope("blocks"), matmul_precision(self.dtype):
+            x_BTD = depth.run(block, self.blocks, x_BTD, remat=self.remat)
+        return self.constrain(self.final_norm(x_BTD), axes.BATCH, axes.SEQUENCE, None)
+
+    def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+        """Logits, float32, of the tokens after each position."""
+        with jax.named_scope("unembed"), matmul_precision(self.dtype):
+            logits_BTV = self.unembedding(x_BTD)
+            return self.constrain(logits_BTV, axes.BATCH, axes.SEQUENCE, axes.VOCAB)
 
     def _init_blocks(self, rng: Array) -> Tree:
         c = self.config
@@ -338,14 +296,12 @@ class Llama(nn.Module):
 
         def init(rng: Array) -> Tree:
             pattern = mask.causal(1)
-            return block.init(rng, x_BTD, angle_BTh, pattern, None, jnp.int32(0))[
-                "params"
-            ]
+            return block.init(rng, x_BTD, angle_BTh, pattern)["params"]
 
         return jax.vmap(init)(jax.random.split(rng, c.num_layers))
 
 
-def _matmul_precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager[None]:
+def matmul_precision(dtype: jnp.dtype) -> contextlib.AbstractContextManager[None]:
     """float32 means float32: by default a TPU multiplies it in bfloat16 passes."""
     if dtype == jnp.float32:
         return jax.default_matmul_precision("highest")

@@ -6,20 +6,25 @@ chips, and its predicted time stands beside that bound.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from llama_jax.build import ShardedLlama, build, kv_copies, params_layout
+from llama_jax.build import ShardedLlama, build
 from llama_jax.config import LlamaConfig
 from llama_jax.config.sampling import Greedy
 from llama_jax.errors import PlanError
-from llama_jax.generate.decode import DecodeState, Vocabulary, decode, prefill
+from llama_jax.generate import engine
+from llama_jax.generate.decode import Cache, Choice, DecodeState, begin, decode
 from llama_jax.generate.sample import Rule
+from llama_jax.generate.weights import abstract_weights
 from llama_jax.model.cache import CACHE_AXES
-from llama_jax.model.count import abstract_params, cache_bytes_per_token
+from llama_jax.model.decoder import Decoder, Weights
 from llama_jax.planning import hlo
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.compile import memory_refused, uncached
@@ -29,6 +34,11 @@ from llama_jax.planning.topology import Topology
 from sharding import MeshConfig, abstract_mesh, decoding_rules, make_mesh
 
 _DTYPE = jnp.dtype("bfloat16")
+# Tokens that may end a row: as many as `generate` compiles for.
+_NUM_ENDS = 8
+
+# What may be asked for; None is what the arithmetic is done in.
+Kept = Literal["int8"] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,12 +51,17 @@ class DecodePlan:
       mesh: the devices per axis.
       batch: rows.
       length: slots of the cache for each row.
-      weight_bytes: bfloat16 weights that a chip holds.
-      read_bytes: of those, that it reads for every token: where key/value heads are
-        fewer than the chips that share a layer, each holds all and reads one.
-      cache_bytes: keys and values that it holds and reads.
+      weights: the type that matrices are kept in, bfloat16 or int8.
+      cache: likewise, of keys and values.
+      weight_bytes: of weights, that a chip holds.
+      read_bytes: of those, that it reads for every token: all but the embedding table,
+        of which a token needs a row.
+      cache_bytes: of keys and values, that it holds and reads, with their scales.
       hbm_bytes: at the fullest moment, the compiler's; None without libtpu.
-      token_seconds: predicted, of the compiled loop; None without libtpu.
+      token_seconds: predicted, of the compiled loop, the whole cache being in use; None
+        without libtpu. What is fetched ahead and what is read on the spot come through
+        the same memory, but the schedule gives each the memory's whole speed: so where
+        it promises less than `bound_seconds`, this is the bound.
       copied_bytes: of the cache, that the compiled loop copies at every token; None
         without libtpu.
     """
@@ -56,6 +71,8 @@ class DecodePlan:
     mesh: MeshConfig
     batch: int
     length: int
+    weights: str
+    cache: str
     weight_bytes: int
     read_bytes: int
     cache_bytes: int
@@ -67,12 +84,6 @@ class DecodePlan:
     def bound_seconds(self) -> float:
         """No token is faster: weights and cache through the memory, once."""
         moved = self.read_bytes + self.cache_bytes
-        return moved / self.topology.chip.hbm_bandwidth
-
-    @property
-    def int8_bound_seconds(self) -> float:
-        """The same with weights of one byte, closed form: no program has them yet."""
-        moved = self.read_bytes / 2 + self.cache_bytes
         return moved / self.topology.chip.hbm_bandwidth
 
     @property
@@ -89,9 +100,19 @@ def plan_decode(
     batch: int,
     length: int,
     tensor: int | None = None,
+    weights: Kept = None,
+    cache: Kept = None,
 ) -> DecodePlan:
     """Plan writing with a model: `bound_decode`, and what the compiler makes of it."""
-    held = bound_decode(config, topology, batch=batch, length=length, tensor=tensor)
+    held = bound_decode(
+        config,
+        topology,
+        batch=batch,
+        length=length,
+        tensor=tensor,
+        weights=weights,
+        cache=cache,
+    )
     return _compiled(held) if has_compiler() and held.fits else held
 
 
@@ -102,6 +123,8 @@ def bound_decode(
     batch: int,
     length: int,
     tensor: int | None = None,
+    weights: Kept = None,
+    cache: Kept = None,
 ) -> DecodePlan:
     """Plan writing with a model by arithmetic alone.
 
@@ -112,6 +135,8 @@ def bound_decode(
       length: slots of the cache for each row.
       tensor: chips that share each layer; by default, as many as the model and the
         batch allow. The others hold copies, for other rows.
+      weights: how matrices are kept, as `llama_jax.load` takes it.
+      cache: how keys and values are kept, likewise.
 
     Raises:
       PlanError: no rows, chips that do not divide so, or a cache of no slots or of
@@ -126,16 +151,31 @@ def bound_decode(
             f"tokens, so give 1 to {config.max_length}."
         )
     mesh = _mesh(config, topology, batch, tensor)
-    weights, read, cache = _held(config, topology, mesh, batch, length)
+    kept = {"weights": weights or _DTYPE.name, "cache": cache or _DTYPE.name}
+    # One device stands for every chip: shapes are all that is asked for.
+    sizes = abstract_mesh(mesh, topology.num_chips)
+    program = _Program.of(
+        config,
+        jax.sharding.Mesh(
+            np.full(sizes.axis_sizes, jax.devices()[0]),
+            sizes.axis_names,
+            axis_types=sizes.axis_types,
+        ),
+        batch=batch,
+        length=length,
+        **kept,
+    )
+    held = _bytes_per_chip(program.weights)
     return DecodePlan(
         config=config,
         topology=topology,
         mesh=mesh,
         batch=batch,
         length=length,
-        weight_bytes=weights,
-        read_bytes=read,
-        cache_bytes=cache,
+        **kept,
+        weight_bytes=held,
+        read_bytes=held - _bytes_per_chip(program.weights.embed),
+        cache_bytes=_bytes_per_chip(program.cache),
         hbm_bytes=None,
         token_seconds=None,
         copied_bytes=None,
@@ -165,42 +205,101 @@ def _mesh(
     return MeshConfig(data=chips // size, fsdp=1, tensor=size, dcn_data=topology.slices)
 
 
-def _held(
-    config: LlamaConfig, topology: Topology, mesh: MeshConfig, batch: int, length: int
-) -> tuple[int, int, int]:
-    """Bytes on a chip: of weights, of those that are read for a token, of cache."""
-    devices, rules = abstract_mesh(mesh, topology.num_chips), decoding_rules()
-    numbers = jax.tree.map(
-        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)),
-        abstract_params(config),
-        params_layout(config, devices, rules),
+@dataclasses.dataclass(frozen=True)
+class _Program:
+    """`decode`, and what it is called with, as shapes on a mesh."""
+
+    sharded: ShardedLlama
+    decoder: Decoder
+    weights: Weights
+    cache: Cache
+
+    @classmethod
+    def of(
+        cls,
+        config: LlamaConfig,
+        mesh: jax.sharding.Mesh,
+        *,
+        batch: int,
+        length: int,
+        weights: str,
+        cache: str,
+    ) -> "_Program":
+        """That of a plan; the arguments are the plan's."""
+        sharded = build(config, mesh, decoding_rules(), dtype=_DTYPE, remat="none")
+        decoder = engine.decoder(sharded)
+        empty = jax.eval_shape(
+            lambda: decoder.empty_cache(batch, length, jnp.dtype(cache))
+        )
+        return cls(
+            sharded=sharded,
+            decoder=decoder,
+            weights=abstract_weights(sharded, _DTYPE, int8=weights == "int8"),
+            cache=jax.tree.map(
+                lambda leaf: _placed(leaf, sharded.sharding(*CACHE_AXES[: leaf.ndim])),
+                empty,
+            ),
+        )
+
+    def lower(self) -> jax.stages.Lowered:
+        """For the devices of the mesh."""
+        batch, _, length, _ = self.cache[0].keys.shape
+        whole = self.sharded.sharding()
+
+        def array(*shape: int, dtype: Any = jnp.int32) -> Any:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+        choice = Choice(
+            rule=Rule.of(Greedy()),
+            num_pieces=self.sharded.config.vocab_size,
+            ends=array(_NUM_ENDS),
+        )
+        with jax.set_mesh(self.sharded.mesh):
+            state: DecodeState = jax.eval_shape(
+                functools.partial(begin, self.decoder),
+                self.cache,
+                array(batch, length),
+                array(batch),
+                array(batch),
+                array(batch, 2, dtype=jnp.uint32),
+            )
+            state = jax.tree.map(lambda leaf: _placed(leaf, whole), state)
+            return decode.lower(
+                self.decoder,
+                self.weights,
+                dataclasses.replace(state, cache=self.cache),
+                choice,
+                array(),
+                array(batch, dtype=jnp.bool_),
+            )
+
+
+def _placed(leaf: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+
+def _shape_on_chip(leaf: Any) -> tuple[int, ...]:
+    return leaf.sharding.shard_shape(leaf.shape)
+
+
+def _bytes_per_chip(tree: Any) -> int:
+    return sum(
+        math.prod(_shape_on_chip(leaf)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
-    held = sum(jax.tree.leaves(numbers))
-    copies = kv_copies(config, devices, rules)
-    attention = numbers["blocks"]["attention"]
-    unread = 0
-    if copies > 1:
-        projections = attention["key"] + attention["value"]
-        unread = projections - projections // config.num_kv_heads
-    rows = batch * mesh.tensor // topology.num_chips
-    per_token = cache_bytes_per_token(config, dtype=_DTYPE) * copies // mesh.tensor
-    width = _DTYPE.itemsize
-    return held * width, (held - unread) * width, rows * length * per_token
 
 
 def _compiled(held: DecodePlan) -> DecodePlan:
     mesh = make_mesh(held.mesh, tpu.devices(held.topology))
-    sharded = build(held.config, mesh, decoding_rules(), dtype=_DTYPE, remat="none")
-    params, state, vocabulary = _arguments(sharded, held.batch, held.length)
-    with jax.set_mesh(mesh):
-        lowered = decode.lower(
-            sharded.model,
-            params,
-            state,
-            Rule.of(Greedy()),
-            vocabulary,
-            jax.ShapeDtypeStruct((), jnp.int32, sharding=sharded.sharding()),
-        )
+    program = _Program.of(
+        held.config,
+        mesh,
+        batch=held.batch,
+        length=held.length,
+        weights=held.weights,
+        cache=held.cache,
+    )
+    lowered = program.lower()
     try:
         with uncached():
             compiled = lowered.compile()
@@ -212,94 +311,97 @@ def _compiled(held: DecodePlan) -> DecodePlan:
     profile = predict(text, held.topology, Placement.of(mesh))
     # One iteration of the outermost loop, the longest, writes one token to each row.
     token = max(loop.seconds for loop in profile.loops)
+    keys = jax.tree.leaves(program.cache[0])[0]
     return dataclasses.replace(
         held,
         hbm_bytes=stats.peak_memory_in_bytes,
-        token_seconds=token,
+        token_seconds=max(token, held.bound_seconds),
         copied_bytes=copied_bytes(
             hlo.parse(text),
-            length=held.length,
-            smallest=held.cache_bytes // 2 // held.config.num_layers,
+            slots=_slots_read(program.decoder.least_slots, held.length),
+            width=math.prod(_shape_on_chip(keys)) // held.length,
         ),
     )
 
 
-def _arguments(
-    sharded: ShardedLlama, batch: int, length: int
-) -> tuple[Any, DecodeState, Vocabulary]:
-    """What the program is called with, as shapes on the mesh."""
-    whole, split = sharded.sharding(), sharded.sharding(*CACHE_AXES)
-    vocabulary = Vocabulary(sharded.config.vocab_size, eos_id=2)
-    params = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(
-            leaf.shape, _DTYPE, sharding=sharding
-        ),
-        abstract_params(sharded.config),
-        sharded.param_shardings,
-    )
-    with jax.set_mesh(sharded.mesh):
-        state = jax.eval_shape(
-            lambda params, ids, number, seed: prefill(
-                sharded.model,
-                params,
-                ids,
-                number,
-                number,
-                seed,
-                Rule.of(Greedy()),
-                vocabulary,
-                slots=length,
-            ),
-            params,
-            jax.ShapeDtypeStruct((batch, 1), jnp.int32),
-            jax.ShapeDtypeStruct((batch,), jnp.int32),
-            jax.ShapeDtypeStruct((batch, 2), jnp.uint32),
-        )
-
-    def placed(leaf: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    on_all = jax.tree.map(lambda leaf: placed(leaf, whole), state)
-    cache = jax.tree.map(lambda leaf: placed(leaf, split), state.cache)
-    return params, dataclasses.replace(on_all, cache=cache), vocabulary
+def _slots_read(least: int, length: int) -> list[int]:
+    """Slots of the beginnings of a cache that attention may read, see `Decoder`."""
+    sizes, size = [length], least
+    while size < length:
+        sizes.append(size)
+        size *= 4
+    return sizes
 
 
-def copied_bytes(program: hlo.Program, *, length: int, smallest: int) -> int:
+def copied_bytes(program: hlo.Program, *, slots: Collection[int], width: int) -> int:
     """Bytes of keys and values that loops write once more for every token.
+
+    What goes to the chip's own memory is fetched ahead of its use, and no copy.
 
     Args:
       program: the compiled loop.
-      length: slots of the cache, which arrays of keys and values have as a dimension.
-      smallest: bytes of one layer's keys on a chip; what is smaller is something else.
+      slots: of the cache, or of the part of it that is read; arrays of keys and values
+        have one of these numbers as a dimension.
+      width: numbers that a slot of one layer's keys has on a chip, in all rows; arrays
+        with fewer to a slot are something else.
     """
 
-    def written(computation: hlo.Computation) -> int:
+    def is_cache(shape: hlo.Shape) -> bool:
+        numbers = math.prod(shape.sizes)
+        return shape.memory_space == 0 and any(
+            size in shape.sizes and numbers >= size * width for size in slots
+        )
+
+    def written(computation: hlo.Computation, in_loop: bool) -> int:
         total = 0
         for instruction in computation.instructions:
-            if instruction.opcode == "while":
-                trips = program.trips(computation, instruction) or 1
-                body = program.computations[instruction.called[0]]
-                total += trips * written(body)
-            elif computation is not program.entry and _writes(program, instruction):
-                total += sum(
-                    shape.num_bytes
-                    for shape in instruction.shapes
-                    if shape.memory_space == 0
-                    and length in shape.sizes
-                    and shape.num_bytes >= smallest
-                )
+            called = [program.computations[name] for name in instruction.called]
+            match instruction.opcode:
+                case "while":
+                    trips = program.trips(computation, instruction) or 1
+                    total += trips * written(called[0], True)
+                case "conditional" | "call":
+                    # One branch is run: the worst, for all that is known.
+                    total += max(written(branch, in_loop) for branch in called)
+                case _ if in_loop:
+                    total += sum(
+                        shape.num_bytes
+                        for shape in _filled(program, instruction)
+                        if is_cache(shape)
+                    )
         return total
 
-    return written(program.entry)
+    return written(program.entry, False)
 
 
 _NO_WRITING = {"parameter", "get-tuple-element", "tuple", "bitcast", "opt-barrier"}
 _IN_PLACE = {"scatter", "dynamic-update-slice"}
 
 
-def _writes(program: hlo.Program, instruction: hlo.Instruction) -> bool:
-    """Whether an instruction fills its whole result, rather than a few places of it."""
-    opcode = instruction.opcode
-    if opcode == "fusion":
-        opcode = program.computations[instruction.called[0]].root.opcode
-    return opcode not in _NO_WRITING | _IN_PLACE and not opcode.endswith("-done")
+def _filled(program: hlo.Program, instruction: hlo.Instruction) -> Iterator[hlo.Shape]:
+    """The arrays that an instruction writes as a whole, not in a few places."""
+    # A copy that runs beside the program is told by its end, whose result is the
+    # copy alone; its beginning names the source too.
+    if not instruction.opcode.endswith(("-start", "-update")):
+        opcodes = _opcodes(program, instruction)
+        for shape, opcode in zip(instruction.shapes, opcodes, strict=False):
+            if opcode.removesuffix("-done") not in _NO_WRITING | _IN_PLACE:
+                yield shape
+
+
+def _opcodes(program: hlo.Program, instruction: hlo.Instruction) -> list[str]:
+    """What makes each result of an instruction; of a fusion, what does so within."""
+    if instruction.opcode != "fusion":
+        return [instruction.opcode] * len(instruction.shapes)
+    inside = program.computations[instruction.called[0]]
+    root = inside.root
+    made = list[str]()
+    for name in root.operands if root.opcode == "tuple" else (root.name,):
+        maker = inside.by_name[name]
+        while maker.opcode == "bitcast":
+            maker = inside.by_name[maker.operands[0]]
+        # What a fusion only passes on, it copies.
+        made.append(
+            "copy" if maker.opcode == "parameter" else _opcodes(program, maker)[0]
+        )
+    return made

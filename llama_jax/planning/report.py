@@ -15,7 +15,7 @@ from llama_jax.config.recipe import PretrainRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.estimate import NAME
-from llama_jax.planning.plan import NO_COMPILER, Plan, estimated
+from llama_jax.planning.plan import NO_COMPILER, Plan, estimated, has_compiler
 from llama_jax.planning.search import Found
 from llama_jax.planning.topology import Topology
 
@@ -381,22 +381,20 @@ class DecodeReport:
             f"{plan.topology.num_chips // plan.mesh.tensor} copies; {plan.batch} rows, "
             f"{plan.length:,} slots of cache each"
         )
-        memory = table("Memory per chip, bfloat16", "", "GiB", "of HBM")
-        held = {"weights": plan.weight_bytes, "cache": plan.cache_bytes}
+        memory = table("Memory per chip", "", "GiB", "of HBM")
+        held = {
+            f"weights, {plan.weights}": plan.weight_bytes,
+            f"cache, {plan.cache}": plan.cache_bytes,
+        }
         if plan.hbm_bytes is not None:
             held["at the fullest moment (the compiler's)"] = plan.hbm_bytes
         for kind, size in held.items():
             memory.add_row(kind, f"{size / GIB:.2f}", f"{size / limit:.1%}")
         yield memory
         times = table("Predicted time of a token of each row", "", "ms", "tokens/s")
-        rows = {
-            "bound by HBM, bfloat16": plan.bound_seconds,
-            "bound by HBM, int8 weights (closed form, no program)": (
-                plan.int8_bound_seconds
-            ),
-        }
+        rows = {"bound by HBM (closed form)": plan.bound_seconds}
         if plan.token_seconds is not None:
-            rows["the compiled loop, bfloat16"] = plan.token_seconds
+            rows["the compiled loop"] = plan.token_seconds
         for what, seconds in rows.items():
             times.add_row(what, f"{1e3 * seconds:.2f}", f"{plan.batch / seconds:,.0f}")
         yield times
@@ -408,13 +406,17 @@ def decode_verdict(plan: DecodePlan) -> str:
     held = plan.hbm_bytes or plan.weight_bytes + plan.cache_bytes
     limit = plan.topology.chip.hbm_bytes
     if not plan.fits:
+        wide = {"--weights": plan.weights, "--cache": plan.cache}
+        int8 = " and ".join(f"{name} int8" for name in wide if wide[name] != "int8")
         return (
             f"It does not fit: {held / GIB:.2f} of {limit / GIB:.2f} GiB per chip. Let "
-            "more chips share each layer (--tensor), or use fewer rows (--batch), a "
-            "shorter cache (--length) or a larger slice."
+            f"more chips share each layer (--tensor), or use {int8}{', ' * bool(int8)}"
+            "fewer rows (--batch), a shorter cache (--length) or a larger slice."
         )
     if plan.token_seconds is None:
-        return f"It fits, by closed form: {NO_COMPILER}"
+        return "It fits, by closed form" + (
+            "." if has_compiler() else f": {NO_COMPILER}"
+        )
     copied = "does not copy the cache"
     if plan.copied_bytes:
         copied = f"copies {plan.copied_bytes / 1e9:.2f} GB of the cache at every token"
@@ -434,6 +436,8 @@ def decode_to_json(plan: DecodePlan) -> dict[str, Any]:
         "mesh": dataclasses.asdict(plan.mesh),
         "batch": plan.batch,
         "length": plan.length,
+        "weights": plan.weights,
+        "cache": plan.cache,
         "fits": plan.fits,
         "weight_bytes": plan.weight_bytes,
         "read_bytes": plan.read_bytes,
@@ -443,6 +447,5 @@ def decode_to_json(plan: DecodePlan) -> dict[str, Any]:
         "predicted": {
             "token_seconds": plan.token_seconds,
             "bound_seconds": plan.bound_seconds,
-            "int8_bound_seconds": plan.int8_bound_seconds,
         },
     }

@@ -8,13 +8,14 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.cli import COMMANDS, convert, data, generate, inspect, plan, train
+from llama_jax.cli import COMMANDS, chat, convert, data, generate, inspect, plan, train
 
 GOLDEN = Path(__file__).with_name("options.txt")
 OPTIONS = {
     "train": train.Options,
     "plan": plan.Options,
     "generate": generate.Options,
+    "chat": chat.Options,
     "convert": convert.Options,
     "inspect": inspect.Options,
     "data tokenizer": data.TokenizerStep,

@@ -19,6 +19,7 @@ import numpy as np
 import llama_jax
 from llama_jax.conversion import meta, open_checkpoint
 from llama_jax.errors import LlamaError
+from llama_jax.llm import LLM
 from sharding import MeshConfig, ShardingError, hosts, make_mesh
 
 # The settings that `load` has here; anything else about the model is in the files.
@@ -52,13 +53,22 @@ class Peak:
             self._most = max(self._most, memory())
 
 
-def load(path: str, mesh: jax.sharding.Mesh) -> tuple[jax.Array, int, float]:
-    """The parameters, the growth of memory, and the seconds it took."""
+def load(path: str, mesh: jax.sharding.Mesh) -> tuple[LLM, int, float]:
+    """The model, the growth of memory, and the seconds it took."""
     peak, start = Peak(), time.monotonic()
     with peak.watched():
-        params = llama_jax.load(path, mesh=mesh, **SETTINGS).params
-        jax.block_until_ready(params)
-    return params, peak.num_bytes, time.monotonic() - start
+        llm = llama_jax.load(path, mesh=mesh, **SETTINGS)
+        jax.block_until_ready(llm.engine.weights)
+    return llm, peak.num_bytes, time.monotonic() - start
+
+
+def held(tree) -> int:
+    """Bytes of a tree that this host's devices hold."""
+    return sum(
+        shard.data.nbytes
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    )
 
 
 def differing(params, path: str) -> list[str]:
@@ -100,22 +110,17 @@ def main() -> None:
         mesh = make_mesh(MeshConfig(**json.loads(sizes)))
         _, runtime, _ = load(small, mesh)
         digested.clear()
-        params, growth, seconds = load(large, mesh)
+        llm, growth, seconds = load(large, mesh)
+        weights, read = llm.engine.weights, list(digested)
         found = {
             "runtime": runtime,
             "growth": growth,
             "seconds": seconds,
-            "held": sum(
-                shard.data.nbytes
-                for leaf in jax.tree.leaves(params)
-                for shard in leaf.addressable_shards
-            ),
-            "largest": max(
-                sum(shard.data.nbytes for shard in leaf.addressable_shards)
-                for leaf in jax.tree.leaves(params)
-            ),
-            "digested": digested,
-            "differing": [differing(params, path) for path in (large, other)],
+            "held": held(weights),
+            # What is loaded at a time, and is there in two forms until it is done.
+            "largest": max(map(held, (*weights.layers, weights.unembed))),
+            "digested": read,
+            "differing": [differing(llm.params, path) for path in (large, other)],
         }
     else:
         mesh = make_mesh(MeshConfig())

@@ -19,9 +19,10 @@ def test_segments():
             assert bool(drawn[0, query, key]) == expected
 
 
-def test_cached_rows_see_their_own_past():
+def test_rows_that_are_cached_see_their_own_past():
     """Two rows at different places, three new positions, a cache of six slots."""
-    drawn = np.asarray(mask.cached(jnp.array([0, 3]), 3, 6).allowed())
+    places = jnp.array([[0, 1, 2], [3, 4, 5]])
+    drawn = np.asarray(mask.Mask(places, jnp.arange(6)[None]).allowed())
     assert drawn.shape == (2, 3, 6)
     np.testing.assert_array_equal(drawn.sum(-1), [[1, 2, 3], [4, 5, 6]])
     np.testing.assert_array_equal(drawn[1, 0], [1, 1, 1, 1, 0, 0])

@@ -8,6 +8,7 @@ import pytest
 from llama_jax.config import LlamaConfig
 from llama_jax.conversion.names import PARAMETERS, axis_sizes
 from llama_jax.model import Llama, param_axes
+from tests.model.equations import equations
 
 CONFIG = LlamaConfig.tiny()
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 6)))
@@ -131,25 +132,13 @@ def test_float32_products_are_not_cut_to_bfloat16(variables, dtype, precision):
     )
     products = [
         equation
-        for equation in _equations(program.jaxpr)
+        for equation in equations(program.jaxpr)
         if equation.primitive.name == "dot_general"
     ]
     assert len(products) >= 3 * 9  # forward and both gradients of seven, and attention
     for product in products:
         found = product.params["precision"]
         assert (found and found[0].name) == precision
-
-
-def _equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")
-        ):
-            if hasattr(inner, "jaxpr"):
-                inner = inner.jaxpr
-            if hasattr(inner, "eqns"):
-                yield from _equations(inner)
 
 
 def test_another_attention_kernel_plugs_in(variables, logits):

@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama_jax.model import KVCache, Llama, layers, mask
+from llama_jax.generate.weights import from_params
+from llama_jax.model import Llama, layers, mask
+from llama_jax.model.decoder import Decoder
 from llama_jax.model.transformer import Block, unconstrained
 from sharding import MeshConfig
 from tests.parity import tolerances
@@ -41,9 +43,7 @@ def test_scan_is_the_loop_over_layers(params):
         )
         for number in range(CONFIG.num_layers):
             layer = jax.tree.map(lambda leaf, i=number: leaf[i], params["blocks"])
-            stream, _ = block.apply(
-                {"params": layer}, stream, angle, pattern, None, jnp.int32(number)
-            )
+            stream = block.apply({"params": layer}, stream, angle, pattern)
         scale = params["final_norm"]["scale"]
         return jnp.sum(layers.rms_norm(stream, scale, eps=CONFIG.norm_eps) * x)
 
@@ -63,18 +63,17 @@ def test_the_cache_gives_what_the_whole_row_gives(params):
     rows = make_batch(3, rows=3, length=width + num_new).tokens
     whole = np.asarray(_logits(params, rows))
 
-    on_device = jax.tree.map(jnp.asarray, params)
+    decoder, sharded = Decoder(CONFIG), place(MeshConfig(), num_devices=1)
+    tree = from_params(sharded, jax.tree.map(jnp.asarray, params), int8=False)
 
     @jax.jit
     def extend(tokens, cache, start):
-        hidden, cache = MODEL.apply(
-            {"params": on_device}, tokens, cache, start, method="extend"
-        )
-        return MODEL.apply({"params": on_device}, hidden, method="unembed"), cache
+        hidden, cache = decoder.extend(tree, tokens, cache, start)
+        return decoder.unembed(tree, hidden), cache
 
-    cache = KVCache.empty(CONFIG, batch=3, slots=16, dtype=jnp.float32)
+    cache = decoder.empty_cache(3, 16, jnp.dtype("float32"))
     padded = np.where(np.arange(width) < lengths[:, None], rows[:, :width], 0)
-    logits, cache = extend(padded, cache, jnp.zeros(3, jnp.int32))
+    logits, cache = extend(padded, cache, jnp.int32(0))
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(
             logits[row, :length],
@@ -83,12 +82,12 @@ def test_the_cache_gives_what_the_whole_row_gives(params):
             atol=tolerances.ORDER_LOGITS,
         )
     for number in range(num_new):
-        place = lengths + number
-        token = np.take_along_axis(rows, place[:, None], axis=1)
-        logits, cache = extend(token, cache, jnp.asarray(place, jnp.int32))
+        places = lengths + number
+        token = np.take_along_axis(rows, places[:, None], axis=1)
+        logits, cache = extend(token, cache, jnp.asarray(places, jnp.int32))
         np.testing.assert_allclose(
             logits[:, 0],
-            whole[np.arange(3), place],
+            whole[np.arange(3), places],
             rtol=0,
             atol=tolerances.ORDER_LOGITS,
         )

@@ -152,11 +152,7 @@ def test_hidden_states_after_each_block(case, agree):
     )
     pattern = mask.causal(case.tokens.shape[1])
     block = Block(config, unconstrained, layers.attend)
-    run = jax.jit(
-        lambda params, x: block.apply(
-            {"params": params}, x, angle, pattern, None, jnp.int32(0)
-        )[0]
-    )
+    run = jax.jit(lambda params, x: block.apply({"params": params}, x, angle, pattern))
     x = case.params["embed"]["table"][case.tokens]
     assert len(expected) == config.num_layers + 1
     np.testing.assert_array_equal(x, expected[0])

@@ -24,3 +24,7 @@ BFLOAT16_MULTIPLE = 1.5
 # The splash kernel in bfloat16 against float32, relative to the largest value: two
 # roundings of a number with 8 bits.
 SPLASH_BFLOAT16_RELATIVE = 2**-7
+
+# A model of random weights with keys and values, or matrices, in eight bits.
+INT8_LOGITS = 0.25
+INT8_LOSS = 0.02

@@ -1,0 +1,352 @@
+"""The model as generation runs it: from a cache, a few positions at a time.
+
+The arithmetic is that of `transformer.py`, from the same `layers.py`. What differs is
+the form of the weights, because decoding waits for them and for nothing else: every
+matrix is an array of its own, which compilers read while they still compute the layer
+before, and lies by rows of outputs, which CPUs multiply fastest and int8 gives one
+scale each. Shape suffixes as in `layers.py`, and V vocabulary, I and O the inputs and
+outputs of a matrix, R rows of a batch times positions.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from llama_jax.config import LlamaConfig
+from llama_jax.model import layers, tiles
+from llama_jax.model.cache import KVCache
+from llama_jax.model.int8 import Numbers, Quantized
+from llama_jax.model.mask import Mask
+from llama_jax.model.transformer import Constrain, matmul_precision, unconstrained
+from sharding import axes
+from sharding.axes import AxisNames
+
+# Rows of a batch, times positions, up to which a CPU's products wait for memory; and up
+# to which int8 weights are not widened first.
+_FEW = 64
+_FEW_FOR_INT8 = 8
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """The weights of one block.
+
+    Attributes:
+      attention_norm: [D].
+      query_key_value: [(K, G + 2, H), D]: of each key/value head the G queries that
+        read it, its key and its value. K counts copies, see `Llama.kv_copies`.
+      out: [D, (K, G, H)].
+      mlp_norm: [D].
+      gate: [F, D].
+      up: [F, D].
+      down: [D, F].
+    """
+
+    attention_norm: Array
+    query_key_value: Numbers
+    out: Numbers
+    mlp_norm: Array
+    gate: Numbers
+    up: Numbers
+    down: Numbers
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """All weights, in the form that `Decoder` takes.
+
+    Attributes:
+      embed: [V, D].
+      layers: from first to last.
+      final_norm: [D].
+      unembed: [V, D].
+    """
+
+    embed: Array
+    layers: tuple[Layer, ...]
+    final_norm: Array
+    unembed: Numbers
+
+
+# Logical axes of each of a layer's weights; of a scale, without the last.
+LAYER_AXES: Mapping[str, AxisNames] = {
+    "attention_norm": (None,),
+    "query_key_value": (axes.KV_HEADS, axes.EMBED),
+    "out": (axes.EMBED, axes.KV_HEADS),
+    "mlp_norm": (None,),
+    "gate": (axes.MLP, axes.EMBED),
+    "up": (axes.MLP, axes.EMBED),
+    "down": (axes.EMBED, axes.MLP),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """Functional: tokens and a cache to the residual stream, and that to logits.
+
+    Attributes:
+      config: the architecture.
+      constrain: pins activations to a mesh, see `sharding.constrain`.
+      dtype: what the arithmetic is done in.
+      kv_copies: devices that keep each key/value head, see `Llama.kv_copies`.
+      least_slots: slots of the cache that attention reads at the least: these, or four
+        times as many, and so on, as far as the longest row reaches.
+    """
+
+    config: LlamaConfig
+    constrain: Constrain = unconstrained
+    dtype: jnp.dtype = jnp.dtype("float32")
+    kv_copies: int = 1
+    least_slots: int = 256
+
+    def empty_cache(
+        self, batch: int, slots: int, dtype: jnp.dtype
+    ) -> tuple[KVCache, ...]:
+        """Room for `batch` rows of `slots` positions in each layer."""
+        cache = functools.partial(
+            KVCache.empty,
+            self.config,
+            batch=batch,
+            slots=slots,
+            dtype=dtype,
+            kv_copies=self.kv_copies,
+        )
+        return tuple(cache() for _ in range(self.config.num_layers))
+
+    def extend(
+        self,
+        weights: Weights,
+        tokens_BT: Int[Array, "B T"],
+        cache: tuple[KVCache, ...],
+        start: Int[Array, ""] | Int[Array, " B"],
+    ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...]]:
+        """The residual stream after the last norm, and the cache with T more positions.
+
+        Args:
+          weights: of the model.
+          tokens_BT: ids at positions start ... start + T - 1.
+          cache: of each layer, with all positions before.
+          start: the first new position, of all rows; or, where T is 1, of each. The
+            cache must have slots for all of them.
+        """
+        positions_BT = _positions(start, tokens_BT.shape[1])
+        extended: list[KVCache] = []
+
+        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
+            with jax.named_scope("cache"):
+                extended.append(cache[len(extended)].write(start, k_BKTH, v_BKTH))
+            return self._attend_cached(q_BKGTH, extended[-1], positions_BT)
+
+        return self._through(weights, tokens_BT, positions_BT, attend), tuple(extended)
+
+    def hidden(
+        self, weights: Weights, tokens_BT: Int[Array, "B T"]
+    ) -> Float[Array, "B T D"]:
+        """The residual stream after the last norm, of whole rows."""
+        positions_BT = _positions(jnp.int32(0), tokens_BT.shape[1])
+        pattern = Mask(positions_BT, positions_BT)
+
+        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
+            return _attend(q_BKGTH, k_BKTH, v_BKTH, pattern)
+
+        return self._through(weights, tokens_BT, positions_BT, attend)
+
+    def attention(
+        self, weights: Weights, tokens_BT: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B N T T"], ...]:
+        """Of each layer, how much each position attends to each, by query head."""
+        B, T = tokens_BT.shape
+        positions_BT = _positions(jnp.int32(0), T)
+        pattern = Mask(positions_BT, positions_BT)
+        seen: list[Array] = []
+
+        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
+            weights_BKGTT = jax.nn.softmax(tiles.scores(q_BKGTH, k_BKTH, pattern))
+            seen.append(weights_BKGTT.reshape(B, -1, T, T))
+            return _attend(q_BKGTH, k_BKTH, v_BKTH, pattern)
+
+        self._through(weights, tokens_BT, positions_BT, attend)
+        return tuple(seen)
+
+    def unembed(
+        self, weights: Weights, x_BTD: Float[Array, "B T D"]
+    ) -> Float[Array, "B T V"]:
+        """Logits, float32, of the tokens after each position."""
+        with jax.named_scope("unembed"), matmul_precision(self.dtype):
+            logits_BTV = multiply(weights.unembed, x_BTD, dtype=jnp.float32)
+            return self.constrain(logits_BTV, axes.BATCH, axes.SEQUENCE, axes.VOCAB)
+
+    def _through(
+        self,
+        weights: Weights,
+        tokens_BT: Array,
+        positions_BT: Array,
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "B T D"]:
+        c = self.config
+        with jax.named_scope("embed"):
+            table_VD = self.constrain(weights.embed, axes.VOCAB, None)
+            x_BTD = self._residual(table_VD[tokens_BT].astype(self.dtype))
+        angle_BTh = layers.rotary_angles(
+            positions_BT, head_dim=c.head_dim, theta=c.rope_theta
+        )
+        with matmul_precision(self.dtype):
+            for layer in weights.layers:
+                with jax.named_scope("attention"):
+                    q, k, v = self._query_key_value(layer, x_BTD, angle_BTh)
+                    with jax.named_scope("attend"):
+                        mixed_BKGTH = attend(q, k, v)
+                    x_BTD = self._residual(x_BTD + self._out(layer, mixed_BKGTH))
+                with jax.named_scope("mlp"):
+                    x_BTD = self._residual(x_BTD + self._swiglu(layer, x_BTD))
+        return layers.rms_norm(x_BTD, weights.final_norm, eps=c.norm_eps)
+
+    def _query_key_value(
+        self, layer: Layer, x_BTD: Array, angle_BTh: Array
+    ) -> tuple[Array, Array, Array]:
+        """Of each key/value head: its queries, its key, its value."""
+        c = self.config
+        B, T, _ = x_BTD.shape
+        K, H = c.num_kv_heads * self.kv_copies, c.head_dim
+        normed_BTD = layers.rms_norm(x_BTD, layer.attention_norm, eps=c.norm_eps)
+        with jax.named_scope("query_key_value"):
+            all_BTKAH = multiply(layer.query_key_value, normed_BTD).reshape(
+                B, T, K, -1, H
+            )
+            all_BTKAH = self.constrain(
+                all_BTKAH, axes.BATCH, axes.SEQUENCE, axes.KV_HEADS, None, None
+            )
+        with jax.named_scope("rotary"):
+            turned = all_BTKAH[..., :-1, :]
+            turned = layers.rotate(turned.reshape(B, T, -1, H), angle_BTh)
+            turned_BKATH = turned.reshape(B, T, K, -1, H).transpose(0, 2, 3, 1, 4)
+        q_BKGTH, k_BKTH = turned_BKATH[:, :, :-1], turned_BKATH[:, :, -1]
+        return q_BKGTH, k_BKTH, all_BTKAH[..., -1, :].swapaxes(1, 2)
+
+    def _attend_cached(
+        self, q_BKGTH: Array, cache: KVCache, positions_BT: Array
+    ) -> Array:
+        """Attention to the slots up to each position; what is behind holds nothing."""
+
+        def attend(num_slots: int) -> Array:
+            part = cache.first(num_slots)
+            slots_1s = jnp.arange(num_slots, dtype=jnp.int32)[None]
+            return _attend(
+                q_BKGTH, part.keys, part.values, Mask(positions_BT, slots_1s)
+            )
+
+        # A loop over blocks would read less, but compilers copy what a loop may change.
+        sizes = _fourfold(self.least_slots, cache.num_slots)
+        if len(sizes) == 1:
+            return attend(sizes[0])
+        reach = jnp.max(positions_BT) + 1
+        return jax.lax.switch(
+            jnp.sum(reach > jnp.asarray(sizes[:-1])),
+            [functools.partial(attend, size) for size in sizes],
+        )
+
+    def _out(self, layer: Layer, mixed_BKGTH: Array) -> Array:
+        B, T = mixed_BKGTH.shape[0], mixed_BKGTH.shape[3]
+        with jax.named_scope("out"):
+            mixed = mixed_BKGTH.transpose(0, 3, 1, 2, 4)
+            mixed = self.constrain(
+                mixed, axes.BATCH, axes.SEQUENCE, axes.KV_HEADS, None, None
+            )
+            return multiply(layer.out, mixed.reshape(B, T, -1))
+
+    def _swiglu(self, layer: Layer, x_BTD: Array) -> Array:
+        normed_BTD = layers.rms_norm(x_BTD, layer.mlp_norm, eps=self.config.norm_eps)
+        gate_BTF = jax.nn.silu(multiply(layer.gate, normed_BTD))
+        inner_BTF = self.constrain(
+            gate_BTF * multiply(layer.up, normed_BTD),
+            axes.BATCH,
+            axes.SEQUENCE,
+            axes.MLP,
+        )
+        return multiply(layer.down, inner_BTF)
+
+    def _residual(self, x_BTD: Array) -> Array:
+        return self.constrain(x_BTD, axes.BATCH, axes.RESIDUAL, None)
+
+
+def _positions(start: Array, num_new: int) -> Int[Array, "B T"]:
+    """Of T new tokens in each row, or in one for all."""
+    return jnp.reshape(start, (-1, 1)) + jnp.arange(num_new, dtype=jnp.int32)
+
+
+def _attend(q_BKGTH: Array, keys: Numbers, values: Numbers, mask: Mask) -> Array:
+    running = tiles.add_tile(tiles.begin(q_BKGTH), q_BKGTH, keys, values, mask)
+    return tiles.finish(running, q_BKGTH.dtype)[0]
+
+
+def _fourfold(least: int, most: int) -> list[int]:
+    """From `least`, each four times the one before, to `most`."""
+    sizes = [min(least, most)]
+    while sizes[-1] < most:
+        sizes.append(min(4 * sizes[-1], most))
+    return sizes
+
+
+def multiply(
+    rows_OI: Numbers, x_BTI: Float[Array, "B T I"], *, dtype: jnp.dtype | None = None
+) -> Float[Array, "B T O"]:
+    """Give x rowsᵀ, in the type of x if no other is wanted."""
+    B, T, _ = x_BTI.shape
+    x_RI = x_BTI.reshape(B * T, -1)
+    y_RO = jax.lax.platform_dependent(
+        rows_OI, x_RI, cpu=_multiply_on_cpu, default=_multiply
+    )
+    return y_RO.astype(dtype or x_BTI.dtype).reshape(B, T, -1)
+
+
+def _multiply(rows_OI: Numbers, x_RI: Array) -> Array:
+    rows = rows_OI.values if isinstance(rows_OI, Quantized) else rows_OI
+    y_RO = jnp.einsum(
+        "RI,OI->RO", x_RI, rows.astype(x_RI.dtype), preferred_element_type=jnp.float32
+    )
+    return y_RO * rows_OI.scale if isinstance(rows_OI, Quantized) else y_RO
+
+
+def _multiply_on_cpu(rows_OI: Numbers, x_RI: Array) -> Array:
+    """The same, in the forms that XLA's CPU compiler has fast code for.
+
+    Elsewhere it reads weights at a fraction of the memory's speed: with few rows of x,
+    weights have to be the left factor, int8 has to meet int8; with one, bfloat16 a sum.
+    """
+    num_rows = len(x_RI)
+    x_RI = x_RI.astype(jnp.float32)
+    if isinstance(rows_OI, Quantized):
+        if num_rows <= _FEW_FOR_INT8:
+            return _multiply_int8(rows_OI, x_RI)
+        wide_OI = jax.lax.optimization_barrier(rows_OI.values.astype(jnp.float32))
+        return _multiply_on_cpu(wide_OI, x_RI) * rows_OI.scale
+    if rows_OI.dtype != jnp.float32:
+        if num_rows == 1:
+            return jnp.sum(rows_OI.astype(jnp.float32) * x_RI, axis=-1)[None]
+        rows_OI = jax.lax.optimization_barrier(rows_OI.astype(jnp.float32))
+    if num_rows <= _FEW:
+        # Without the barrier the transposition moves into the product.
+        return jax.lax.optimization_barrier(jnp.einsum("OI,RI->OR", rows_OI, x_RI)).T
+    return jnp.einsum("RI,OI->RO", x_RI, rows_OI)
+
+
+def _multiply_int8(rows_OI: Quantized, x_RI: Array) -> Array:
+    """Products of whole numbers: x in two parts of 8 bits, so that it keeps 15."""
+    coarse = Quantized.of(x_RI)
+    rest = Quantized.of(x_RI - coarse.widened(x_RI.dtype))
+    parts = jnp.concatenate([coarse.values, rest.values])
+    y_PO = jax.lax.dot_general(
+        parts,
+        rows_OI.values,
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.int32,
+    ).astype(jnp.float32)
+    coarse_RO, rest_RO = jnp.split(y_PO, 2)
+    y_RO = coarse_RO * coarse.scale[:, None] + rest_RO * rest.scale[:, None]
+    return y_RO * rows_OI.scale
