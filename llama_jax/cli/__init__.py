@@ -10,7 +10,7 @@ from llama_jax import __version__
 from llama_jax.errors import LlamaError
 from sharding import ShardingError
 
-COMMANDS = ("train", "plan", "generate", "convert", "inspect", "data")
+COMMANDS = ("train", "plan", "generate", "chat", "convert", "inspect", "data")
 
 _USAGE = """\
 usage: llama-jax COMMAND ...
@@ -18,6 +18,7 @@ usage: llama-jax COMMAND ...
   train RECIPE            run a recipe, or go on with it
   plan RECIPE             does it fit a TPU slice, how fast, which layout is best
   generate CHECKPOINT     let a model write
+  chat CHECKPOINT         talk with a model
   convert SOURCE TARGET   a checkpoint in Meta's, Hugging Face's or this format
   inspect PATH            what is this: format, sizes, dtype, integrity
   data STEP               text to a tokenizer, text to rows of tokens

@@ -32,9 +32,10 @@ LARGE = dataclasses.replace(
 SMALL = dataclasses.replace(
     LARGE, dim=128, num_layers=2, hidden_dim=448, vocab_size=256
 )
-# What may be taken besides weights. Loading the small model takes 24 MB, most of it
-# once; threads, chunks on their way and a part being copied are in it too.
-RUNTIME_BYTES = 30e6
+# What may be taken besides weights. Loading the small model takes up to 36 MB, most of
+# it once: two programs are compiled for it; threads, chunks on their way and a part
+# being copied are in it too.
+RUNTIME_BYTES = 42e6
 MESHES = [{"fsdp": 8}, {"tensor": 2, "fsdp": 4}]
 PROGRAM = "from tests.endtoend.loading import main; main()"
 
@@ -97,7 +98,10 @@ def test_each_host_reads_only_its_part(checkpoints, found_by_all, format, mesh):
     found = found_by_all(*[argv] * NUM_HOSTS)
     num_bytes = num_params(LARGE) * BFLOAT16.itemsize
     for host in found:
-        print(f"{host['growth'] / 1e6:.0f} of {num_bytes / 1e6:.0f} MB")
+        print(
+            f"{host['growth'] / 1e6:.0f} of {num_bytes / 1e6:.0f} MB; a small model "
+            f"takes {host['runtime'] / 1e6:.0f}"
+        )
         assert host["differing"] == [[], []]
         assert host["held"] < 1.02 * num_bytes / NUM_HOSTS
         allowed = num_bytes / NUM_HOSTS + host["largest"] + RUNTIME_BYTES
