@@ -24,7 +24,7 @@ ifneq ($(wildcard $(LLAMA_REFERENCE)/.),)
 export LLAMA_REFERENCE := $(abspath $(LLAMA_REFERENCE))
 endif
 
-.PHONY: help setup demo test check slow plan torch docs
+.PHONY: help setup demo test check slow plan torch docs page
 .DEFAULT_GOAL := help
 
 help:  ## Show this list.
@@ -66,6 +66,10 @@ check: $(STAMP)  ## Check format, lint, types and the direction of imports.
 
 docs: $(STAMP)  ## Check that links lead somewhere and that the paper map is true.
 	@$(VENV)/bin/python docs/check.py
+
+page: $(STAMP)  ## Run generate.ipynb with the demo's model and write docs/pages/generate.md.
+	@$(VENV)/bin/pip install -qq --disable-pip-version-check -e '.[notebook]'
+	@LLAMA_CHECKPOINT=$(CURDIR)/runs/demo $(VENV)/bin/python -m scripts.notebook_page
 
 # Run the tests that have a marker; pytest says 5 if there are none.
 define run_marked
