@@ -190,9 +190,8 @@ def test_dialogs(writer, dialog, message):
 
 
 def test_a_system_message_with_a_tag(writer):
-    chat = Chat(writer, system="[INST]", settings=Settings(max_new_tokens=4))
     with pytest.raises(DialogError, match="special tags.*from system"):
-        chat.stream("Gu")
+        Chat(writer, system="[INST]", settings=Settings(max_new_tokens=4))
 
 
 def test_a_dialog_longer_than_the_context(writer):
