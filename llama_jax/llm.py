@@ -265,8 +265,8 @@ def load(
 ) -> LLM:
     """Load any checkpoint: Meta's directory, or one that this project wrote.
 
-    Each device gets only its own part of the weights, layer by layer. On a terminal and
-    in a notebook a bar shows how far it is.
+    Each device gets only its own part of the weights, layer by layer. A bar on a
+    terminal, and elsewhere a line every ten seconds, show how far it is and how fast.
 
     Args:
       path: a directory of Meta's or of Hugging Face's, what `LLM.save` wrote, or the

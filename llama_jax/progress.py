@@ -50,9 +50,10 @@ def bytes_progress() -> Iterator[Callable[[str, int, int], None]]:
                 now = time.monotonic()
                 if now - last_line >= _SECONDS_BETWEEN_LINES:
                     last_line = now
+                    seconds = now - started
                     console.print(
                         f"{phase}: {done / 1e9:.2f} of {total / 1e9:.2f} GB after "
-                        f"{now - started:.0f} s",
+                        f"{seconds:.0f} s, {done / 1e9 / seconds:.2f} GB/s",
                         highlight=False,
                     )
 

@@ -96,19 +96,18 @@ def test_what_is_saved_is_what_is_loaded(placed, tmp_path):
     np.testing.assert_array_equal(back.logits(TOKENS), llm().logits(TOKENS))
 
 
-def test_eight_bits(placed, expected, tmp_path):
-    """Near, whoever rounds; and not to be saved, since they are no checkpoint's."""
-    mesh = mesh_of(placed)
-    placed.save(tmp_path / "whole")
-    rounded = llama_jax.load(tmp_path / "whole", mesh=mesh, weights="int8")
+def test_eight_bits(expected, tmp_path):
+    """Near; and not to be saved, since they are no checkpoint's."""
+    whole = llm()
+    whole.save(tmp_path / "whole")
+    rounded = llama_jax.load(tmp_path / "whole", weights="int8")
     found = rounded.logits(TOKENS)
     off = np.abs(found - expected).max()
-    more = rounded.loss(TOKENS) - placed.loss(TOKENS)
+    more = rounded.loss(TOKENS) - whole.loss(TOKENS)
     print(f"int8 weights: logits off by {off:.3f} at most, loss by {more:.4f}")
     assert 1e-3 < off < INT8_LOGITS and 0 < abs(more) < INT8_LOSS
     # The parameters are what the numbers stand for.
-    with jax.set_mesh(mesh):
-        logits = jax.jit(Llama(CONFIG).apply)({"params": rounded.params}, TOKENS)
+    logits = jax.jit(Llama(CONFIG).apply)({"params": rounded.params}, TOKENS)
     np.testing.assert_allclose(logits, found, rtol=0, atol=1e-4)
     with pytest.raises(GenerationError, match='were rounded to int8.*weights="int8"'):
         rounded.save(tmp_path / "rounded")
@@ -116,13 +115,13 @@ def test_eight_bits(placed, expected, tmp_path):
 
 
 def test_settings_of_the_cache(tmp_path):
+    """The cache is shorter than the context, which other uses of the model have."""
     llm(config=LONG).save(tmp_path)
     short = llama_jax.load(tmp_path, cache_length=32, cache="int8")
     assert short.config.max_length == 1024
-    (found,) = short.generate([[1] * 20], max_new_tokens=99)
-    assert len(found.tokens) == 12 and found.finish_reason == "length"
-    # What reads whole rows has the model's context.
-    assert short.logits([[1] * 50]).shape == (1, 50, CONFIG.vocab_size)
+    assert (short.engine.slots, short.engine.cache_dtype) == (32, "int8")
+    with pytest.raises(GenerationError, match="has 32 tokens, and the context is 32"):
+        short.generate([[1] * 32])
 
 
 def test_it_writes_as_its_generator_does_with_metas_sampler():
@@ -156,6 +155,7 @@ def test_every_option_reaches_the_generator(monkeypatch):
 
     monkeypatch.setattr(Generator, "generate", generate)
     monkeypatch.setattr(Generator, "stream", stream)
+    monkeypatch.setattr(Generator, "chat", stream)
     options = {
         "max_new_tokens": 3,
         "sampler": llama_jax.Greedy(),

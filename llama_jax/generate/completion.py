@@ -30,7 +30,8 @@ class Completion:
     """What was written after one prompt. In a notebook, tokens show their probability.
 
     Attributes:
-      text: `tokens` decoded, as far as no stop string begins; "" without a tokenizer.
+      text: what `tokens` add to the text of the prompt, which they begin with where it
+        has none, as far as no stop string begins; "" without a tokenizer.
       tokens: ids, without what ended the answer; with `echo`, the prompt's come first.
       logprobs: the model's log-probability of each of `tokens`, untouched by penalties
         and sampler; 0 for a first token, which nothing precedes.

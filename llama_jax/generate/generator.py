@@ -96,27 +96,7 @@ class Generator:
         rows = self.rows(prompts, settings, num_samples=num_samples)
         if not rows:
             return []
-        began = time.perf_counter()
-        state = self._read(rows)
-        jax.block_until_ready(state.logits)
-        read = time.perf_counter()
-        num_tokens = _STOP_TOKENS if settings.stop else settings.max_new_tokens
-        writing = Writing(self, state, rows, settings, num_tokens=num_tokens)
-        for _ in writing:
-            pass
-        self.engine.release(writing.state)
-        done = time.perf_counter()
-        completions = [
-            answer.completion(
-                Timing(
-                    prompt_tokens=len(row.ids),
-                    cached_tokens=0,
-                    prefill_seconds=read - began,
-                    decode_seconds=done - read,
-                )
-            )
-            for row, answer in zip(rows, writing.answers, strict=True)
-        ]
+        completions = self._write(rows, settings, continues=True)
         return self._with_prompts(rows, completions) if echo else completions
 
     def stream(self, prompt: Prompt, settings: Settings) -> Iterator[str]:
@@ -141,7 +121,8 @@ class Generator:
           TokenizerError: a message holds a lone surrogate.
         """
         prompt = encode_dialog(self.require_tokenizer("a dialog"), dialog)
-        return self.generate([prompt], settings)[0]
+        rows = self.rows([prompt], settings)
+        return self._write(rows, settings, continues=False)[0]
 
     def rows(
         self, prompts: Sequence[Prompt], settings: Settings, *, num_samples: int = 1
@@ -263,6 +244,33 @@ class Generator:
                     "max_length."
                 )
 
+    def _write(
+        self, rows: Sequence[Row], settings: Settings, *, continues: bool
+    ) -> list[Completion]:
+        began = time.perf_counter()
+        state = self._read(rows)
+        jax.block_until_ready(state.logits)
+        read = time.perf_counter()
+        num_tokens = _STOP_TOKENS if settings.stop else settings.max_new_tokens
+        writing = Writing(
+            self, state, rows, settings, num_tokens=num_tokens, continues=continues
+        )
+        for _ in writing:
+            pass
+        self.engine.release(writing.state)
+        done = time.perf_counter()
+        return [
+            answer.completion(
+                Timing(
+                    prompt_tokens=len(row.ids),
+                    cached_tokens=0,
+                    prefill_seconds=read - began,
+                    decode_seconds=done - read,
+                )
+            )
+            for row, answer in zip(rows, writing.answers, strict=True)
+        ]
+
     def _read(self, rows: Sequence[Row]) -> DecodeState:
         """The rows, each prompt read once."""
         numbers: dict[tuple[int, ...], int] = {}
@@ -280,7 +288,7 @@ class Generator:
         scored = score.token_logprobs(engine, prompts)
         echoed = []
         for ids, logprobs, answer in zip(prompts, scored, completions, strict=True):
-            whole = Answer(self.tokenizer, (), ())
+            whole = Answer(self.tokenizer, (), (), continues=False)
             whole.take([*ids, *answer.tokens], [0.0, *logprobs, *answer.logprobs])
             whole.finish()
             echoed.append(
@@ -292,7 +300,9 @@ class Generator:
 
     def _pieces(self, rows: list[Row], settings: Settings) -> Iterator[str]:
         state = self.engine.read(rows)
-        writing = Writing(self, state, rows, settings, num_tokens=STREAM_TOKENS)
+        writing = Writing(
+            self, state, rows, settings, num_tokens=STREAM_TOKENS, continues=True
+        )
         (answer,) = writing.answers
         shown = 0
         for _ in writing:
@@ -311,6 +321,8 @@ class Writing:
       rows: of the state.
       settings: how.
       num_tokens: between two looks.
+      continues: whether an answer goes on with the text of its prompt, where it has
+        one, or is a text of its own.
 
     Attributes:
       state: the newest. Also after an interruption, if it is not deleted.
@@ -325,10 +337,19 @@ class Writing:
         settings: Settings,
         *,
         num_tokens: int,
+        continues: bool,
     ) -> None:
         self.state = state
         ends = [_EOS, *settings.stop_tokens]
-        self.answers = [Answer(generator.tokenizer, ends, settings.stop) for _ in rows]
+        self.answers = [
+            Answer(
+                generator.tokenizer,
+                ends,
+                settings.stop,
+                continues=continues and any(id > _EOS for id in row.ids),
+            )
+            for row in rows
+        ]
         self._generator = generator
         self._settings = settings
         self._choice = generator.choice(settings)
@@ -383,6 +404,12 @@ class Writing:
 class Answer:
     """A row's answer while it is written.
 
+    Args:
+      tokenizer: None leaves its text empty.
+      ends: ids that end it.
+      stop: texts before which it ends.
+      continues: whether a text comes before it.
+
     Attributes:
       ids: all that was written, what ends it included.
       text: what is settled of it.
@@ -390,7 +417,12 @@ class Answer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer | None, ends: Sequence[int], stop: Sequence[str]
+        self,
+        tokenizer: Tokenizer | None,
+        ends: Sequence[int],
+        stop: Sequence[str],
+        *,
+        continues: bool,
     ) -> None:
         self.ids: list[int] = []
         self.text = ""
@@ -398,7 +430,9 @@ class Answer:
         self._logprobs: list[float] = []
         self._pieces: list[str] = []
         self._ends = ends
-        self._decoder = None if tokenizer is None else StreamDecoder(tokenizer)
+        self._decoder = (
+            None if tokenizer is None else StreamDecoder(tokenizer, continues=continues)
+        )
         self._stops = StopStrings(stop)
 
     def take(self, ids: Sequence[int], logprobs: Sequence[float]) -> None:

@@ -129,7 +129,12 @@ class Chat:
         self._state = None
         self._cached = []
         writing = Writing(
-            self._generator, state, [row], self.settings, num_tokens=STREAM_TOKENS
+            self._generator,
+            state,
+            [row],
+            self.settings,
+            num_tokens=STREAM_TOKENS,
+            continues=False,
         )
         (answer,) = writing.answers
         shown = 0

@@ -160,12 +160,17 @@ class StreamDecoder:
 
     The parts that `feed` and a last `flush` return, joined, are `decode` of all the
     ids. A character that is spelt in several bytes comes with its last byte, whole.
+
+    Args:
+      tokenizer: made the ids.
+      continues: whether other ids, with a text, come before; then the parts are what
+        these add to it, and a first space, which `decode` takes away, is there.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, continues: bool = False) -> None:
         self._tokenizer = tokenizer
         self._held: list[int] = []
-        self._started = False
+        self._started = continues
         # Only asked whether a character is still incomplete: SentencePiece decodes.
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
 

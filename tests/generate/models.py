@@ -130,3 +130,10 @@ def tokenizer() -> Tokenizer:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tokenizer.model"
         return train_tokenizer(documents, path, vocab_size=CONFIG.vocab_size)
+
+
+def near(found, expected):
+    """Equal, but for the last bits of log-probabilities."""
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a.logprobs, b.logprobs, rtol=0, atol=1e-5)
+        assert dataclasses.replace(a, logprobs=b.logprobs) == b

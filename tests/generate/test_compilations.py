@@ -13,9 +13,12 @@ import pytest
 from llama_jax.config.sampling import Penalties, TopP
 from llama_jax.generate import Generator, Settings
 from llama_jax.generate import decode as programs
-from tests.generate.models import CONFIG, LONG, generator, llm
+from tests.generate.models import LONG, generator, llm
 
 WARM = TopP(0.95, temperature=1.5)
+# Models of their own, for which no other test has compiled anything.
+OWN = dataclasses.replace(LONG, num_layers=1)
+SHORT = dataclasses.replace(OWN, max_length=100)
 
 
 def write(writer: Generator, prompts, *, echo=False, num_samples=1, **options):
@@ -26,10 +29,8 @@ def write(writer: Generator, prompts, *, echo=False, num_samples=1, **options):
 
 def test_fifty_prompts_of_random_lengths(compiled, monkeypatch):
     """Up to 1024 tokens, one at a time."""
-    # A model of its own, for which no other test has compiled anything.
-    config = dataclasses.replace(LONG, norm_eps=2e-5)
-    writer = generator(config=config)
-    lengths = np.random.default_rng(0).integers(1, config.max_length, 50).tolist()
+    writer = generator(config=OWN)
+    lengths = np.random.default_rng(0).integers(1, OWN.max_length, 50).tolist()
     read, real = [], programs.prefill
 
     def noted(*args, num_new):
@@ -46,53 +47,55 @@ def test_fifty_prompts_of_random_lengths(compiled, monkeypatch):
     counts = Counter(compiled)
     print(f"compiled for 50 prompts: {dict(counts)}")
     prefills = counts["jit(prefill)"]
-    assert 0 < prefills <= math.log2(config.max_length / 64) + 1
+    assert 0 < prefills <= math.log2(OWN.max_length / 64) + 1
     assert set(counts.values()) == {1, prefills} and counts["jit(decode)"] == 1
 
 
-def test_new_requests_compile_nothing(compiled):
+@pytest.mark.parametrize(
+    "kept",
+    [
+        {},
+        pytest.param({"penalties": Penalties(presence=1.0)}, marks=pytest.mark.slow),
+        pytest.param({"allowed": lambda _: [5]}, marks=pytest.mark.slow),
+    ],
+    ids=["plain", "penalties", "allowed"],
+)
+def test_new_requests_compile_nothing(compiled, kept):
     writer = generator()
-    first = {"max_new_tokens": 16, "sampler": WARM}
-    rows = [[1], [2], [3], [4]]
-    write(writer, rows, echo=True, **first)
-    write(writer, rows[:2], num_samples=2, **first)
-    write(writer, rows, penalties=Penalties(presence=1.0), **first)
-    write(writer, rows, allowed=lambda _: [5], **first)
-    list(writer.stream([1], Settings(**first)))
-    compiled.clear()
-    for length in range(1, 17):
-        options = {
-            "max_new_tokens": 16 - length % 3,
-            "sampler": TopP(0.5 + length / 99, temperature=length),
-            "seed": length,
-            "stop": ["wex"] * (length % 2),
-            "stop_tokens": list(range(9, 9 + length % 7)),
-        }
-        rows = [[1] * length, [1, 7], [5] * 3, [6] * 16]
+
+    def requests(rows, **options):
         write(writer, rows, echo=True, **options)
         write(writer, rows[:2], num_samples=2, **options)
-        write(writer, rows, penalties=Penalties(frequency=length / 9), **options)
-        write(writer, rows, allowed=lambda _, n=length: [5, 6 + n], **options)
         list(writer.stream(rows[0], Settings(**options)))
+
+    requests([[1], [2], [3], [4]], max_new_tokens=16, sampler=WARM, **kept)
+    compiled.clear()
+    for length in range(1, 17):
+        requests(
+            [[1] * length, [1, 7], [5] * 3, [6] * 16],
+            max_new_tokens=16 - length % 3,
+            sampler=TopP(0.5 + length / 99, temperature=length),
+            seed=length,
+            stop=["wex"] * (length % 2),
+            stop_tokens=list(range(9, 9 + length % 7)),
+            **kept,
+        )
     assert not compiled
 
 
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("batch", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_after_warming_up_nothing_is_compiled(compiled, capsys, batch):
-    config = dataclasses.replace(CONFIG, max_length=300, norm_eps=3e-5)
-    speaker, told = llm(config=config), {}
+    speaker, told = llm(config=SHORT), {}
     seconds = speaker.warm_up(batch=batch, sampler=WARM, watch=told.__setitem__)
     assert seconds == told and all(value > 0 for value in seconds.values())
     assert list(seconds) == [
         f"prefill of {batch} x 64 positions",
-        f"prefill of {batch} x 128 positions",
-        f"prefill of {batch} x 256 positions",
-        f"prefill of {batch} x 300 positions",
+        f"prefill of {batch} x 100 positions",
         f"decode of {batch} rows",
     ]
     assert capsys.readouterr().out == ""
     compiled.clear()
-    for length in (1, 5, 64, 65, 200, 299):
+    for length in (1, 5, 64, 65, 99):
         speaker.generate(
             [[1 + row] * length for row in range(batch)], sampler=WARM, seed=length
         )
@@ -102,7 +105,7 @@ def test_after_warming_up_nothing_is_compiled(compiled, capsys, batch):
     assert not compiled
     # It says what it does, if nobody else is told; and has nothing left to do.
     speaker.warm_up(batch=batch, sampler=WARM)
-    assert capsys.readouterr().out.count(" s\n") == 5 and not compiled
+    assert capsys.readouterr().out.count(" s\n") == 3 and not compiled
 
 
 PROGRAM = """

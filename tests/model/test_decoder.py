@@ -53,7 +53,7 @@ def test_whole_rows_are_those_of_the_module():
         close(jax.jit(Llama(LONG).apply)({"params": given}, TOKENS), whole())
 
 
-@pytest.mark.parametrize("least_slots", [8, 256])
+@pytest.mark.parametrize("least_slots", [8, pytest.param(256, marks=pytest.mark.slow)])
 def test_pieces_of_rows_are_the_whole(least_slots):
     """Some positions at once, then one by one, from cache prefixes of several sizes."""
     decoder = dataclasses.replace(DECODER, least_slots=least_slots)
@@ -139,6 +139,7 @@ def test_attention_is_that_of_the_layers():
     close(found[0], expected.reshape(found[0].shape))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_no_further_off_than_the_modules():
     narrow = dataclasses.replace(DECODER, dtype=jnp.dtype("bfloat16"))
     module = Llama(LONG, dtype=narrow.dtype)

@@ -57,6 +57,9 @@ class TestMeta:
             assert meta.encode(row["text"], bos=False, eos=False) == row["ids"]
             assert meta.decode(row["ids"]) == row["decoded"] == row["text"]
             assert "".join(stream(meta, row["ids"])) == row["text"]
+            after = StreamDecoder(meta, continues=True)
+            pieces = [*map(after.feed, row["ids"]), after.flush()]
+            assert "".join(pieces) == " " * bool(row["ids"]) + row["text"]
 
     def test_the_facts_of_the_file(self, meta, vectors):
         facts = vectors["facts"]
