@@ -5,6 +5,7 @@ DIRECTORY/tokenizer.model     if there is one
 DIRECTORY/params/             Orbax; written last, and whole or not at all
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -121,7 +122,12 @@ class ParamsCheckpoint:
 
 
 def load_leaves(
-    read: Callable[..., np.ndarray], leaves: Tree, shardings: Tree, *, dtype: jnp.dtype
+    read: Callable[..., np.ndarray],
+    leaves: Tree,
+    shardings: Tree,
+    *,
+    dtype: jnp.dtype,
+    threads: int = 1,
 ) -> Tree:
     """All parameters, each host reading only what its devices hold, and that once.
 
@@ -133,6 +139,7 @@ def load_leaves(
       leaves: a tree of what has the shape of each.
       shardings: a tree of where the parts of each go.
       dtype: of the result.
+      threads: leaves read at a time.
     """
 
     def load(
@@ -166,7 +173,11 @@ def load_leaves(
                     arrays.append(jax.device_put(block, device).block_until_ready())
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
-    return jax.tree_util.tree_map_with_path(load, leaves, shardings)
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        coming = jax.tree_util.tree_map_with_path(
+            functools.partial(pool.submit, load), leaves, shardings
+        )
+        return jax.tree.map(concurrent.futures.Future.result, coming)
 
 
 def _boxes(parts: Set[tuple[range, ...]]) -> list[tuple[range, ...]]:
@@ -266,12 +277,15 @@ def in_chunks(params: Tree) -> ocp.args.StandardSave:
     stacked matrix, to get at one layer.
     """
 
-    def chunks(leaf: jax.Array) -> ocp.SaveArgs:
+    def chunks(path: tuple[Any, ...], leaf: jax.Array) -> ocp.SaveArgs:
         if leaf.ndim < 2:
             return ocp.SaveArgs()
-        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=(0,))
+        # Orbax cuts such an axis into single places: layers, but no rows of a table.
+        axes = (0,) if path[0].key == "blocks" else ()
+        return ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES, shard_axes=axes)
 
-    return ocp.args.StandardSave(params, save_args=jax.tree.map(chunks, params))
+    save_args = jax.tree_util.tree_map_with_path(chunks, params)
+    return ocp.args.StandardSave(params, save_args=save_args)
 
 
 def _is_unfinished(entry: epath.Path) -> bool:

@@ -22,6 +22,9 @@ from llama_jax.model.int8 import Numbers, Quantized
 from sharding import axes
 from sharding.axes import AxisNames, Tree
 
+# Leaves of a layer that are read at a time: most of the work is to unpack them.
+_THREADS = 4
+
 # A part of the parameters by its name: "blocks" of one layer, or one of the others,
 # which have no layers.
 _Part = Callable[[str, int | None], Tree]
@@ -79,7 +82,7 @@ def from_checkpoint(
         leaves, places = shapes[name], shardings[name]
         if layer is not None:
             leaves, places = _without_layers(leaves), _without_layers(places)
-        loaded = load_leaves(read_part, leaves, places, dtype=dtype)
+        loaded = load_leaves(read_part, leaves, places, dtype=dtype, threads=_THREADS)
         done += _num_bytes(leaves, dtype)
         watch(done, total)
         return loaded

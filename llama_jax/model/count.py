@@ -14,7 +14,8 @@ from sharding.axes import Tree
 def abstract_params(config: LlamaConfig) -> Tree:
     """The tree of parameters as shapes and types (float32), without memory."""
     tokens = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    shapes = jax.eval_shape(Llama(config).init, jax.random.key(0), tokens)
+    key = jax.eval_shape(jax.random.key, 0)
+    shapes = jax.eval_shape(Llama(config).init, key, tokens)
     return shapes["params"]
 
 

@@ -95,8 +95,9 @@ class Decoder:
       constrain: pins activations to a mesh, see `sharding.constrain`.
       dtype: what the arithmetic is done in.
       kv_copies: devices that keep each key/value head, see `Llama.kv_copies`.
-      least_slots: slots of the cache that attention reads at the least: these, or four
-        times as many, and so on, as far as the longest row reaches.
+      least_slots: slots of the cache that attention reads at the least: these (or a
+        quarter of all, if that is less), or four times as many, and so on, as far as
+        the longest row reaches.
     """
 
     config: LlamaConfig
@@ -242,9 +243,9 @@ class Decoder:
             )
 
         # A loop over blocks would read less, but compilers copy what a loop may change.
-        sizes = _fourfold(self.least_slots, cache.num_slots)
-        if len(sizes) == 1:
-            return attend(sizes[0])
+        # A CPU's compiler does so too where there is no choice; so there is one.
+        least = min(self.least_slots, -(-cache.num_slots // 4))
+        sizes = _fourfold(least, cache.num_slots)
         reach = jnp.max(positions_BT) + 1
         return jax.lax.switch(
             jnp.sum(reach > jnp.asarray(sizes[:-1])),

@@ -326,7 +326,7 @@ def _compiled(held: DecodePlan) -> DecodePlan:
 
 def _slots_read(least: int, length: int) -> list[int]:
     """Slots of the beginnings of a cache that attention may read, see `Decoder`."""
-    sizes, size = [length], least
+    sizes, size = [length], min(least, -(-length // 4))
     while size < length:
         sizes.append(size)
         size *= 4

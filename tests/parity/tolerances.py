@@ -14,6 +14,8 @@ NUMPY_LOGITS = 1e-4
 
 # The same sums in another order: on another mesh, in parts, through a cache.
 ORDER_LOGITS = 1e-5
+# ... and of their size, where two programs multiply in forms of their own (ADR 11).
+ORDER_RELATIVE = 5e-6
 ORDER_LOSS = 5e-6
 ORDER_GRADIENT_RELATIVE = 2e-5
 ORDER_PARAMS_RELATIVE = 1e-4
