@@ -87,9 +87,13 @@ def test_eos_stops_and_is_left_out(writer, monkeypatch):
     monkeypatch.setattr("llama_jax.generate.generator._EOS", eos)
     stopped, *unchanged = write(writer, TEXTS)
     end = first.tokens.index(eos)
-    assert stopped.finish_reason == "stop" and unchanged == others
+    # A row that ends earlier makes attention read fewer slots, for all rows.
+    near(unchanged, others)
+    assert stopped.finish_reason == "stop"
     assert stopped.tokens == first.tokens[:end]
-    assert stopped.logprobs == first.logprobs[:end]
+    np.testing.assert_allclose(
+        stopped.logprobs, first.logprobs[:end], rtol=0, atol=1e-5
+    )
     assert stopped.text == tokenizer().decode(first.tokens[:end])
 
 
@@ -103,7 +107,7 @@ def test_stop_tokens_end_a_row_and_are_left_out(writer, place):
     assert stopped.text == tokenizer().decode(stopped.tokens)
     for found, free in zip(rest, others, strict=True):
         if end not in free.tokens and 383 not in free.tokens:
-            assert found == free
+            near([found], [free])
 
 
 def test_ends_are_compiled_for_by_the_multiple_of_eight(writer):
