@@ -73,8 +73,8 @@ class Generator:
         """Continue each prompt, all of them at once.
 
         What a row becomes depends on its prompt, the settings and the seed, but not on
-        the rows beside it: draws come from the seed and the prompt, and the second of
-        two equal prompts has its own.
+        the rows beside it, save for the last bits of log-probabilities: draws come from
+        the seed and the prompt, and the second of two equal prompts has its own.
 
         Args:
           prompts: texts, to which BOS is added, or lists of ids, taken as they are.
