@@ -51,6 +51,11 @@ class ShardedLlama:
         """The architecture."""
         return self.model.config
 
+    @property
+    def mlp_parts(self) -> int:
+        """Devices that share the feed-forward width."""
+        return axis_size(self.mesh, self.rules.mesh_axes(axes.MLP))
+
     def init(self, seed: int) -> Tree:
         """Fresh float32 parameters, each part made on the device that keeps it.
 

@@ -122,12 +122,16 @@ def prefill(
     logits of each prompt whose last token is among these are kept.
     """
     tokens_BT = jax.lax.dynamic_slice_in_dim(state.tokens, start, num_new, axis=1)
-    x_BTD, cache = decoder.extend(weights, tokens_BT, state.cache, start)
     last_B = state.prompt - 1 - start
     is_here_B = (last_B >= 0) & (last_B < num_new)
-    place_B = jnp.clip(last_B, 0, num_new - 1)
-    last_BTD = jnp.take_along_axis(x_BTD, place_B[:, None, None], axis=1)
-    logits_BV = decoder.unembed(weights, last_BTD)[:, 0]
+    x_B1D, cache = decoder.extend(
+        weights,
+        tokens_BT,
+        state.cache,
+        start,
+        wanted_B=jnp.clip(last_B, 0, num_new - 1),
+    )
+    logits_BV = decoder.unembed(weights, x_B1D)[:, 0]
     state = dataclasses.replace(
         state,
         cache=cache,

@@ -52,6 +52,7 @@ def decoder(sharded: ShardedLlama) -> Decoder:
         constrain=sharded.model.constrain,
         dtype=sharded.model.dtype,
         kv_copies=sharded.model.kv_copies,
+        mlp_parts=sharded.mlp_parts,
         least_slots=_LEAST_SLOTS,
     )
 

@@ -91,9 +91,26 @@ def draw(
       key_B: a row's key; rows do not share randomness.
     """
     if rule.kind == "greedy":
-        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+        return _best(logits_BV)
     uniform_B = jax.vmap(jax.random.uniform)(key_B)
     return _place(jnp.exp(filtered(rule, logits_BV)), uniform_B)
+
+
+def _best(logits_BV: Float[Array, "B V"]) -> Array:
+    """The token with the highest logit, of equals the first: int32[B].
+
+    First among the best of parts, then within the part: `argmax` over a vocabulary
+    takes ten times as long on a CPU.
+    """
+    logits_BCc = _in_parts(logits_BV, -jnp.inf)
+    part_B = jnp.argmax(jnp.max(logits_BCc, axis=-1), axis=-1)
+    logits_Bc = jnp.take_along_axis(logits_BCc, part_B[:, None, None], axis=1)[:, 0]
+    return (part_B * _PART + jnp.argmax(logits_Bc, axis=-1)).astype(jnp.int32)
+
+
+def _in_parts(x_BV: Float[Array, "B V"], padding: float) -> Float[Array, "B C c"]:
+    x_BV = jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % _PART)), constant_values=padding)
+    return x_BV.reshape(len(x_BV), -1, _PART)
 
 
 def _place(weights_BV: Float[Array, "B V"], share_B: Float[Array, " B"]) -> Array:
@@ -102,9 +119,7 @@ def _place(weights_BV: Float[Array, "B V"], share_B: Float[Array, " B"]) -> Arra
     One number decides a draw, with the vocabulary in its order, whatever is probable.
     Sums of parts come first, since a running sum over all is slow on any device.
     """
-    weights_BCc = jnp.pad(
-        weights_BV, ((0, 0), (0, -weights_BV.shape[1] % _PART))
-    ).reshape(len(weights_BV), -1, _PART)
+    weights_BCc = _in_parts(weights_BV, 0)
     sums_BC = jnp.cumsum(jnp.sum(weights_BCc, axis=-1), axis=-1)
     target_B1 = share_B[:, None] * sums_BC[:, -1:]
     part_B = jnp.sum(sums_BC <= target_B1, axis=-1)

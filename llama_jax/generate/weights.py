@@ -112,7 +112,9 @@ def to_params(sharded: ShardedLlama, weights: Weights) -> Tree:
     config, dtype = sharded.config, weights.embed.dtype
 
     def stacked(layers: tuple[Layer, ...]) -> Tree:
-        blocks = [_from_layer(config, layer, dtype) for layer in layers]
+        blocks = [
+            _from_layer(config, sharded.mlp_parts, layer, dtype) for layer in layers
+        ]
         return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
 
     def kernel(rows_VD: Numbers) -> jax.Array:
@@ -161,8 +163,8 @@ def _gathered(
         )
 
     layer_places: dict[str, Any] = {name: place(of) for name, of in LAYER_AXES.items()}
-    copies = sharded.model.kv_copies
-    make_layer = program(functools.partial(_to_layer, copies), Layer(**layer_places))
+    to_layer = functools.partial(_to_layer, sharded.model.kv_copies, sharded.mlp_parts)
+    make_layer = program(to_layer, Layer(**layer_places))
     make_rows = program(_transposed, place((axes.VOCAB, axes.EMBED)))
     with jax.set_mesh(sharded.mesh):
         return Weights(
@@ -180,7 +182,7 @@ def _transposed(kernel: Any) -> jax.Array:
     return kernel.T
 
 
-def _to_layer(copies: int, block: Mapping[str, Any]) -> Layer:
+def _to_layer(copies: int, parts: int, block: Mapping[str, Any]) -> Layer:
     attention, mlp = block["attention"], block["mlp"]
     # A key/value head that several devices keep becomes as many, each of which fewer
     # query heads read.
@@ -193,18 +195,22 @@ def _to_layer(copies: int, block: Mapping[str, Any]) -> Layer:
     rows_KAHD = jnp.concatenate(
         [query_KGHD, key_KHD[:, None], value_KHD[:, None]], axis=1
     )
+    gate_up_P2FD = jnp.stack(
+        [mlp[name].T.reshape(parts, -1, D) for name in ("gate", "up")], axis=1
+    )
     return Layer(
         attention_norm=block["attention_norm"]["scale"],
         query_key_value=rows_KAHD.reshape(-1, D),
         out=attention["out"].reshape(-1, D).T,
         mlp_norm=block["mlp_norm"]["scale"],
-        gate=mlp["gate"].T,
-        up=mlp["up"].T,
+        gate_up=gate_up_P2FD.reshape(-1, D),
         down=mlp["down"].T,
     )
 
 
-def _from_layer(config: LlamaConfig, layer: Layer, dtype: jnp.dtype) -> Tree:
+def _from_layer(
+    config: LlamaConfig, parts: int, layer: Layer, dtype: jnp.dtype
+) -> Tree:
     D, N, K, H = config.dim, config.num_heads, config.num_kv_heads, config.head_dim
     wide = {
         field.name: _wide(getattr(layer, field.name), dtype)
@@ -213,6 +219,8 @@ def _from_layer(config: LlamaConfig, layer: Layer, dtype: jnp.dtype) -> Tree:
     rows = wide["query_key_value"].reshape(-1, H, D)
     copies = (len(rows) - N) // (2 * K)
     rows_KAHD = rows.reshape(K * copies, -1, H, D)
+
+    gate_up_P2FD = wide["gate_up"].reshape(parts, 2, -1, D)
 
     def heads(rows: jax.Array) -> jax.Array:
         return rows.reshape(-1, H, D).transpose(2, 0, 1)
@@ -226,7 +234,11 @@ def _from_layer(config: LlamaConfig, layer: Layer, dtype: jnp.dtype) -> Tree:
             "out": wide["out"].T.reshape(N, H, D),
         },
         "mlp_norm": {"scale": wide["mlp_norm"]},
-        "mlp": {name: wide[name].T for name in ("gate", "up", "down")},
+        "mlp": {
+            "gate": gate_up_P2FD[:, 0].reshape(-1, D).T,
+            "up": gate_up_P2FD[:, 1].reshape(-1, D).T,
+            "down": wide["down"].T,
+        },
     }
 
 

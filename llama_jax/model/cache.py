@@ -83,9 +83,15 @@ class KVCache:
           k_BKTH: keys.
           v_BKTH: values.
         """
-        new = KVCache(_like(self.keys, k_BKTH), _like(self.values, v_BKTH))
+        new = self.rounded(k_BKTH, v_BKTH)
         put = _put_at_one if jnp.ndim(start) == 0 else _put_at_each
         return jax.tree.map(lambda into, part: put(into, part, start), self, new)
+
+    def rounded(
+        self, k_BKTH: Float[Array, "B K T H"], v_BKTH: Float[Array, "B K T H"]
+    ) -> "KVCache":
+        """T positions by themselves, as this cache would keep them."""
+        return KVCache(_like(self.keys, k_BKTH), _like(self.values, v_BKTH))
 
     def first(self, num_slots: int) -> "KVCache":
         """The first slots of each row."""

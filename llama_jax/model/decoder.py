@@ -29,6 +29,10 @@ from sharding.axes import AxisNames
 # to which int8 weights are not widened first.
 _FEW = 64
 _FEW_FOR_INT8 = 8
+# Queries that attend at a time at the least, and tiles of them at the most: fewer read
+# fewer keys that come after them, and take longer to compile.
+_LEAST_QUERIES = 256
+_MOST_TILES = 4
 
 
 @jax.tree_util.register_dataclass
@@ -42,8 +46,8 @@ class Layer:
         read it, its key and its value. K counts copies, see `Llama.kv_copies`.
       out: [D, (K, G, H)].
       mlp_norm: [D].
-      gate: [F, D].
-      up: [F, D].
+      gate_up: [(P, 2, F / P), D]: of each of P parts of the feed-forward width its
+        gates and its ups. P counts devices, see `Decoder.mlp_parts`.
       down: [D, F].
     """
 
@@ -51,8 +55,7 @@ class Layer:
     query_key_value: Numbers
     out: Numbers
     mlp_norm: Array
-    gate: Numbers
-    up: Numbers
+    gate_up: Numbers
     down: Numbers
 
 
@@ -80,8 +83,7 @@ LAYER_AXES: Mapping[str, AxisNames] = {
     "query_key_value": (axes.KV_HEADS, axes.EMBED),
     "out": (axes.EMBED, axes.KV_HEADS),
     "mlp_norm": (None,),
-    "gate": (axes.MLP, axes.EMBED),
-    "up": (axes.MLP, axes.EMBED),
+    "gate_up": (axes.MLP, axes.EMBED),
     "down": (axes.EMBED, axes.MLP),
 }
 
@@ -95,6 +97,8 @@ class Decoder:
       constrain: pins activations to a mesh, see `sharding.constrain`.
       dtype: what the arithmetic is done in.
       kv_copies: devices that keep each key/value head, see `Llama.kv_copies`.
+      mlp_parts: devices that share the feed-forward width, each of which then has the
+        gates that go with its ups.
       least_slots: slots of the cache that attention reads at the least: these (or a
         quarter of all, if that is less), or four times as many, and so on, as far as
         the longest row reaches.
@@ -104,6 +108,7 @@ class Decoder:
     constrain: Constrain = unconstrained
     dtype: jnp.dtype = jnp.dtype("float32")
     kv_copies: int = 1
+    mlp_parts: int = 1
     least_slots: int = 256
 
     def empty_cache(
@@ -126,6 +131,8 @@ class Decoder:
         tokens_BT: Int[Array, "B T"],
         cache: tuple[KVCache, ...],
         start: Int[Array, ""] | Int[Array, " B"],
+        *,
+        wanted_B: Int[Array, " B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[KVCache, ...]]:
         """The residual stream after the last norm, and the cache with T more positions.
 
@@ -135,27 +142,36 @@ class Decoder:
           cache: of each layer, with all positions before.
           start: the first new position, of all rows; or, where T is 1, of each. The
             cache must have slots for all of them.
+          wanted_B: of each row the one of its T positions whose residual stream is
+            wanted, which then is [B, 1, D]; None wants all.
         """
-        positions_BT = _positions(start, tokens_BT.shape[1])
+        num_new = tokens_BT.shape[1]
+        new_BT = _positions(start, num_new)
         extended: list[KVCache] = []
 
-        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
+        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
+            before = cache[len(extended)]
             with jax.named_scope("cache"):
-                extended.append(cache[len(extended)].write(start, k_BKTH, v_BKTH))
-            return self._attend_cached(q_BKGTH, extended[-1], positions_BT)
+                extended.append(before.write(start, k, v))
+            if num_new == 1:
+                return self._attend_cached(q, extended[-1], positions_BT)
+            running = self._attend_before(q, extended[-1], start)
+            mask = Mask(positions_BT, new_BT)
+            return _attend_causally(running, q, before.rounded(k, v), mask)
 
-        return self._through(weights, tokens_BT, positions_BT, attend), tuple(extended)
+        x_BTD = self._through(weights, tokens_BT, new_BT, attend, wanted_B)
+        return x_BTD, tuple(extended)
 
     def hidden(
         self, weights: Weights, tokens_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last norm, of whole rows."""
+
+        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
+            mask = Mask(positions_BT, positions_BT)
+            return _attend_causally(tiles.begin(q), q, KVCache(k, v), mask)
+
         positions_BT = _positions(jnp.int32(0), tokens_BT.shape[1])
-        pattern = Mask(positions_BT, positions_BT)
-
-        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
-            return _attend(q_BKGTH, k_BKTH, v_BKTH, pattern)
-
         return self._through(weights, tokens_BT, positions_BT, attend)
 
     def attention(
@@ -163,16 +179,15 @@ class Decoder:
     ) -> tuple[Float[Array, "B N T T"], ...]:
         """Of each layer, how much each position attends to each, by query head."""
         B, T = tokens_BT.shape
-        positions_BT = _positions(jnp.int32(0), T)
-        pattern = Mask(positions_BT, positions_BT)
         seen: list[Array] = []
 
-        def attend(q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array) -> Array:
-            weights_BKGTT = jax.nn.softmax(tiles.scores(q_BKGTH, k_BKTH, pattern))
+        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
+            mask = Mask(positions_BT, positions_BT)
+            weights_BKGTT = jax.nn.softmax(tiles.scores(q, k, mask))
             seen.append(weights_BKGTT.reshape(B, -1, T, T))
-            return _attend(q_BKGTH, k_BKTH, v_BKTH, pattern)
+            return _attend_causally(tiles.begin(q), q, KVCache(k, v), mask)
 
-        self._through(weights, tokens_BT, positions_BT, attend)
+        self._through(weights, tokens_BT, _positions(jnp.int32(0), T), attend)
         return tuple(seen)
 
     def unembed(
@@ -188,7 +203,8 @@ class Decoder:
         weights: Weights,
         tokens_BT: Array,
         positions_BT: Array,
-        attend: Callable[[Array, Array, Array], Array],
+        attend: Callable[[Array, Array, Array, Array], Array],
+        wanted_B: Array | None = None,
     ) -> Float[Array, "B T D"]:
         c = self.config
         with jax.named_scope("embed"):
@@ -201,8 +217,12 @@ class Decoder:
             for layer in weights.layers:
                 with jax.named_scope("attention"):
                     q, k, v = self._query_key_value(layer, x_BTD, angle_BTh)
+                    if wanted_B is not None and layer is weights.layers[-1]:
+                        # What is not wanted, nobody reads but its key and value.
+                        q, x_BTD = _taken(q, wanted_B, 3), _taken(x_BTD, wanted_B, 1)
+                        positions_BT = _taken(positions_BT, wanted_B, 1)
                     with jax.named_scope("attend"):
-                        mixed_BKGTH = attend(q, k, v)
+                        mixed_BKGTH = attend(q, k, v, positions_BT)
                     x_BTD = self._residual(x_BTD + self._out(layer, mixed_BKGTH))
                 with jax.named_scope("mlp"):
                     x_BTD = self._residual(x_BTD + self._swiglu(layer, x_BTD))
@@ -242,15 +262,40 @@ class Decoder:
                 q_BKGTH, part.keys, part.values, Mask(positions_BT, slots_1s)
             )
 
-        # A loop over blocks would read less, but compilers copy what a loop may change.
-        # A CPU's compiler does so too where there is no choice; so there is one.
-        least = min(self.least_slots, -(-cache.num_slots // 4))
-        sizes = _fourfold(least, cache.num_slots)
+        sizes = self._sizes(cache.num_slots)
         reach = jnp.max(positions_BT) + 1
         return jax.lax.switch(
             jnp.sum(reach > jnp.asarray(sizes[:-1])),
             [functools.partial(attend, size) for size in sizes],
         )
+
+    def _attend_before(
+        self, q_BKGTH: Array, cache: KVCache, start: Array
+    ) -> tiles.Running:
+        """Attention to the slots before `start`, with all that are there after it."""
+
+        def attend(num_slots: int) -> tiles.Running:
+            running = tiles.begin(q_BKGTH)
+            if not num_slots:
+                return running
+            part = cache.first(num_slots)
+            slots_1s = jnp.arange(num_slots, dtype=jnp.int32)[None]
+            mask = Mask(jnp.reshape(start - 1, (1, 1)), slots_1s)
+            return tiles.add_tile(running, q_BKGTH, part.keys, part.values, mask)
+
+        sizes = [0, *self._sizes(cache.num_slots)]
+        return jax.lax.switch(
+            jnp.sum(start > jnp.asarray(sizes[:-1])),
+            [functools.partial(attend, size) for size in sizes],
+        )
+
+    def _sizes(self, num_slots: int) -> list[int]:
+        """Parts of a cache that programs can read: the first slots, ..., all of them.
+
+        A loop over blocks would read less, but compilers copy what a loop may change. A
+        CPU's compiler does so too where there is no choice; so there is one.
+        """
+        return _fourfold(min(self.least_slots, -(-num_slots // 4)), num_slots)
 
     def _out(self, layer: Layer, mixed_BKGTH: Array) -> Array:
         B, T = mixed_BKGTH.shape[0], mixed_BKGTH.shape[3]
@@ -263,13 +308,10 @@ class Decoder:
 
     def _swiglu(self, layer: Layer, x_BTD: Array) -> Array:
         normed_BTD = layers.rms_norm(x_BTD, layer.mlp_norm, eps=self.config.norm_eps)
-        gate_BTF = jax.nn.silu(multiply(layer.gate, normed_BTD))
-        inner_BTF = self.constrain(
-            gate_BTF * multiply(layer.up, normed_BTD),
-            axes.BATCH,
-            axes.SEQUENCE,
-            axes.MLP,
-        )
+        B, T, _ = x_BTD.shape
+        both = multiply(layer.gate_up, normed_BTD).reshape(B, T, self.mlp_parts, 2, -1)
+        inner_BTF = (jax.nn.silu(both[..., 0, :]) * both[..., 1, :]).reshape(B, T, -1)
+        inner_BTF = self.constrain(inner_BTF, axes.BATCH, axes.SEQUENCE, axes.MLP)
         return multiply(layer.down, inner_BTF)
 
     def _residual(self, x_BTD: Array) -> Array:
@@ -281,9 +323,47 @@ def _positions(start: Array, num_new: int) -> Int[Array, "B T"]:
     return jnp.reshape(start, (-1, 1)) + jnp.arange(num_new, dtype=jnp.int32)
 
 
+def _taken(x: Array, place_B: Array, axis: int) -> Array:
+    """Of each row one place on an axis, which stays."""
+    place = jnp.expand_dims(place_B, tuple(range(1, x.ndim)))
+    return jnp.take_along_axis(x, place, axis=axis)
+
+
 def _attend(q_BKGTH: Array, keys: Numbers, values: Numbers, mask: Mask) -> Array:
     running = tiles.add_tile(tiles.begin(q_BKGTH), q_BKGTH, keys, values, mask)
     return tiles.finish(running, q_BKGTH.dtype)[0]
+
+
+def _attend_causally(
+    running: tiles.Running, q_BKGTH: Array, own: KVCache, mask: Mask
+) -> Array:
+    """Attention to what came before, and of new positions to each other.
+
+    Tile by tile of queries, none of which reads keys that come after all of its own.
+
+    Args:
+      running: with what came before.
+      q_BKGTH: queries of all the positions; or one query, of any of them.
+      own: their keys and values.
+      mask: over those.
+    """
+    num_queries, num_after = q_BKGTH.shape[3], own.num_slots - q_BKGTH.shape[3]
+    size = max(_LEAST_QUERIES, -(-num_queries // _MOST_TILES))
+    mixed: list[Array] = []
+    for first in range(0, num_queries, size):
+        stop = min(first + size, num_queries)
+        some = functools.partial(
+            jax.lax.slice_in_dim, start_index=first, limit_index=stop, axis=3
+        )
+        part, q = jax.tree.map(some, (running, q_BKGTH))
+        seen = own.first(stop + num_after)
+        here = Mask(
+            mask.query_positions[:, first:stop],
+            mask.key_positions[:, : seen.num_slots],
+        )
+        part = tiles.add_tile(part, q, seen.keys, seen.values, here)
+        mixed.append(tiles.finish(part, q.dtype)[0])
+    return jnp.concatenate(mixed, axis=3)
 
 
 def _fourfold(least: int, most: int) -> list[int]:

@@ -226,7 +226,7 @@ def scores(
     scale = q_BKGtH.shape[-1] ** -0.5
     if isinstance(k_BKsH, Quantized):
         scale, k_BKsH = scale * k_BKsH.scale[:, :, None, None], k_BKsH.values
-    scores = _multiply("BKGtH,BKsH->BKGts", q_BKGtH, k_BKsH.astype(q_BKGtH.dtype))
+    scores = _multiply_rows("BKRH,BKsH->BKRs", q_BKGtH, k_BKsH.astype(q_BKGtH.dtype))
     return jnp.where(mask.allowed()[:, None, None], scores * scale, MASKED)
 
 
@@ -248,7 +248,7 @@ def add_tile(
     total = total * keep + jnp.sum(weights, axis=-1)
     if isinstance(v, Quantized):
         weights, v = weights * v.scale[:, :, None, None], v.values.astype(q.dtype)
-    more = _multiply("BKGts,BKsH->BKGtH", weights.astype(v.dtype), v)
+    more = _multiply_rows("BKRs,BKsH->BKRH", weights.astype(v.dtype), v)
     return Running(out * keep[..., None] + more, total, new_peak)
 
 
@@ -269,6 +269,16 @@ def _tile_gradients(
     dq = _multiply("BKGts,BKsH->BKGtH", d_scores, k)
     dk = _multiply("BKGts,BKGtH->BKsH", d_scores, q)
     return dq, dk, dv
+
+
+def _multiply_rows(equation: str, a_BKGtx: Array, b: Array) -> Array:
+    """`_multiply`, with the queries that read a key head as one axis, R = G t.
+
+    With two, compilers bring `b` into another order first, which is a copy.
+    """
+    B, K, G, t, _ = a_BKGtx.shape
+    product = _multiply(equation, a_BKGtx.reshape(B, K, G * t, -1), b)
+    return product.reshape(B, K, G, t, -1)
 
 
 def _multiply(equation: str, a: Array, b: Array) -> Array:

@@ -175,6 +175,21 @@ def test_of_many_equally_probable_tokens_the_first_stay():
         assert kept.tolist() == list(range(num_left))
 
 
+@pytest.mark.parametrize("size", [5, 128, 300, 32001])
+def test_greedy_takes_the_first_of_equals(size):
+    """In vocabularies of one part, of several, and of a part that is not full."""
+    rng = np.random.default_rng(0)
+    rows = [
+        rng.integers(0, 4, size).astype(np.float32),
+        np.where(np.arange(size) == size - 1, 0, -np.inf).astype(np.float32),
+        np.full(size, -np.inf, np.float32),
+        -np.arange(size, dtype=np.float32),
+    ]
+    logits = jnp.asarray(np.stack(rows))
+    keys = jax.random.split(jax.random.key(0), len(rows))
+    assert draw(Rule.of(Greedy()), logits, keys).tolist() == np.argmax(rows, 1).tolist()
+
+
 def test_greedy_takes_the_best():
     logits = jnp.asarray(np.concatenate([LOGITS, LOGITS[:, ::-1]]))
     keys = jax.random.split(jax.random.key(0), 2)

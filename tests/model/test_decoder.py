@@ -27,14 +27,14 @@ DECODER = Decoder(LONG, least_slots=8)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _extend(decoder, tree, tokens, cache, start):
-    x, cache = decoder.extend(tree, tokens, cache, start)
+def _extend(decoder, tree, tokens, cache, start, wanted):
+    x, cache = decoder.extend(tree, tokens, cache, start, wanted_B=wanted)
     return decoder.unembed(tree, x), cache
 
 
-def extend(tokens, cache, start, *, decoder=DECODER):
+def extend(tokens, cache, start, *, wanted=None, decoder=DECODER):
     """Logits of new positions, and the longer cache."""
-    return _extend(decoder, weights(), tokens, cache, start)
+    return _extend(decoder, weights(), tokens, cache, start, wanted)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -90,6 +90,19 @@ def test_positions_that_are_read_twice_change_nothing():
     close(logits, whole()[:, 10:50])
     logits, _ = extend(TOKENS[:, 50:90], cache, jnp.int32(50))
     close(logits, whole()[:, 50:90])
+
+
+def test_the_positions_that_are_wanted_are_those_of_the_whole():
+    cache = DECODER.empty_cache(3, SLOTS, jnp.dtype("float32"))
+    first, second = np.array([39, 0, 7]), np.array([1, 38, 39])
+    rows = np.arange(3)
+    for start, wanted in ((0, first), (40, second)):
+        logits, cache = extend(
+            TOKENS[:, start : start + 40], cache, jnp.int32(start), wanted=wanted
+        )
+        close(logits[:, 0], whole()[rows, start + wanted])
+    logits, _ = extend(TOKENS[:, 80:90], cache, jnp.int32(80))
+    close(logits, whole()[:, 80:90])
 
 
 def test_what_a_cache_held_before_is_not_seen():
