@@ -11,6 +11,7 @@ outputs of a matrix, R rows of a batch times positions.
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,48 +148,50 @@ class Decoder:
         """
         num_new = tokens_BT.shape[1]
         new_BT = _positions(start, num_new)
-        extended: list[KVCache] = []
 
-        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
-            before = cache[len(extended)]
+        def attend(
+            q: Array, k: Array, v: Array, positions_BT: Array, before: KVCache
+        ) -> tuple[Array, KVCache]:
             with jax.named_scope("cache"):
-                extended.append(before.write(start, k, v))
+                after = before.write(start, k, v)
             if num_new == 1:
-                return self._attend_cached(q, extended[-1], positions_BT)
-            running = self._attend_before(q, extended[-1], start)
+                return self._attend_cached(q, after, positions_BT), after
+            running = self._attend_before(q, after, start)
             mask = Mask(positions_BT, new_BT)
-            return _attend_causally(running, q, before.rounded(k, v), mask)
+            return _attend_causally(running, q, before.rounded(k, v), mask), after
 
-        x_BTD = self._through(weights, tokens_BT, new_BT, attend, wanted_B)
-        return x_BTD, tuple(extended)
+        return self._through(weights, tokens_BT, new_BT, attend, cache, wanted_B)
 
     def hidden(
         self, weights: Weights, tokens_BT: Int[Array, "B T"]
     ) -> Float[Array, "B T D"]:
         """The residual stream after the last norm, of whole rows."""
 
-        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
+        def attend(
+            q: Array, k: Array, v: Array, positions_BT: Array, _: None
+        ) -> tuple[Array, None]:
             mask = Mask(positions_BT, positions_BT)
-            return _attend_causally(tiles.begin(q), q, KVCache(k, v), mask)
+            return _attend_causally(tiles.begin(q), q, KVCache(k, v), mask), None
 
         positions_BT = _positions(jnp.int32(0), tokens_BT.shape[1])
-        return self._through(weights, tokens_BT, positions_BT, attend)
+        return self._through(weights, tokens_BT, positions_BT, attend)[0]
 
     def attention(
         self, weights: Weights, tokens_BT: Int[Array, "B T"]
     ) -> tuple[Float[Array, "B N T T"], ...]:
         """Of each layer, how much each position attends to each, by query head."""
         B, T = tokens_BT.shape
-        seen: list[Array] = []
 
-        def attend(q: Array, k: Array, v: Array, positions_BT: Array) -> Array:
+        def attend(
+            q: Array, k: Array, v: Array, positions_BT: Array, _: None
+        ) -> tuple[Array, Array]:
             mask = Mask(positions_BT, positions_BT)
             weights_BKGTT = jax.nn.softmax(tiles.scores(q, k, mask))
-            seen.append(weights_BKGTT.reshape(B, -1, T, T))
-            return _attend_causally(tiles.begin(q), q, KVCache(k, v), mask)
+            mixed = _attend_causally(tiles.begin(q), q, KVCache(k, v), mask)
+            return mixed, weights_BKGTT.reshape(B, -1, T, T)
 
-        self._through(weights, tokens_BT, _positions(jnp.int32(0), T), attend)
-        return tuple(seen)
+        positions_BT = _positions(jnp.int32(0), T)
+        return self._through(weights, tokens_BT, positions_BT, attend)[1]
 
     def unembed(
         self, weights: Weights, x_BTD: Float[Array, "B T D"]
@@ -203,9 +206,11 @@ class Decoder:
         weights: Weights,
         tokens_BT: Array,
         positions_BT: Array,
-        attend: Callable[[Array, Array, Array, Array], Array],
+        attend: Callable[[Array, Array, Array, Array, Any], tuple[Array, Any]],
+        cache: tuple[KVCache, ...] | None = None,
         wanted_B: Array | None = None,
-    ) -> Float[Array, "B T D"]:
+    ) -> tuple[Float[Array, "B T D"], tuple[Any, ...]]:
+        """All layers, and what `attend` gives of each beside what it mixes."""
         c = self.config
         with jax.named_scope("embed"):
             table_VD = self.constrain(weights.embed, axes.VOCAB, None)
@@ -213,20 +218,38 @@ class Decoder:
         angle_BTh = layers.rotary_angles(
             positions_BT, head_dim=c.head_dim, theta=c.rope_theta
         )
+
+        # Layers are alike: JAX traces one, and lowers it, for all of them.
+        @jax.jit
+        def block(
+            layer: Layer, x_BTD: Array, before: KVCache | None, wanted_B: Array | None
+        ) -> tuple[Array, Any]:
+            with jax.named_scope("attention"):
+                q, k, v = self._query_key_value(layer, x_BTD, angle_BTh)
+                at_BT = positions_BT
+                if wanted_B is not None:
+                    q, x_BTD = _taken(q, wanted_B, 3), _taken(x_BTD, wanted_B, 1)
+                    at_BT = _taken(positions_BT, wanted_B, 1)
+                with jax.named_scope("attend"):
+                    mixed_BKGTH, of_layer = attend(q, k, v, at_BT, before)
+                x_BTD = self._residual(x_BTD + self._out(layer, mixed_BKGTH))
+            with jax.named_scope("mlp"):
+                return self._residual(x_BTD + self._swiglu(layer, x_BTD)), of_layer
+
+        of_layers: list[Any] = []
         with matmul_precision(self.dtype):
-            for layer in weights.layers:
-                with jax.named_scope("attention"):
-                    q, k, v = self._query_key_value(layer, x_BTD, angle_BTh)
-                    if wanted_B is not None and layer is weights.layers[-1]:
-                        # What is not wanted, nobody reads but its key and value.
-                        q, x_BTD = _taken(q, wanted_B, 3), _taken(x_BTD, wanted_B, 1)
-                        positions_BT = _taken(positions_BT, wanted_B, 1)
-                    with jax.named_scope("attend"):
-                        mixed_BKGTH = attend(q, k, v, positions_BT)
-                    x_BTD = self._residual(x_BTD + self._out(layer, mixed_BKGTH))
-                with jax.named_scope("mlp"):
-                    x_BTD = self._residual(x_BTD + self._swiglu(layer, x_BTD))
-        return layers.rms_norm(x_BTD, weights.final_norm, eps=c.norm_eps)
+            for number, layer in enumerate(weights.layers):
+                # Of what is not wanted, only keys and values are read by anyone.
+                is_last = number == c.num_layers - 1
+                x_BTD, of_layer = block(
+                    layer,
+                    x_BTD,
+                    None if cache is None else cache[number],
+                    wanted_B if is_last else None,
+                )
+                of_layers.append(of_layer)
+        x_BTD = layers.rms_norm(x_BTD, weights.final_norm, eps=c.norm_eps)
+        return x_BTD, tuple(of_layers)
 
     def _query_key_value(
         self, layer: Layer, x_BTD: Array, angle_BTh: Array
