@@ -97,6 +97,12 @@ class KVCache:
         """The first slots of each row."""
         return jax.tree.map(lambda x: x[:, :, :num_slots], self)
 
+    def part(self, start: Int[Array, ""], num_slots: int) -> "KVCache":
+        """So many slots of each row from `start` on, which must exist."""
+        return jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, num_slots, axis=2), self
+        )
+
 
 def _like(kept: Numbers, new: Array) -> Numbers:
     if isinstance(kept, Quantized):

@@ -34,6 +34,8 @@ _FEW_FOR_INT8 = 8
 # fewer keys that come after them, and take longer to compile.
 _LEAST_QUERIES = 256
 _MOST_TILES = 4
+# Slots before a chunk that it attends to at a time.
+_SLOTS_AT_A_TIME = 512
 
 
 @jax.tree_util.register_dataclass
@@ -296,21 +298,20 @@ class Decoder:
         self, q_BKGTH: Array, cache: KVCache, start: Array
     ) -> tiles.Running:
         """Attention to the slots before `start`, with all that are there after it."""
+        num_slots = cache.num_slots
+        size = min(_SLOTS_AT_A_TIME, num_slots)
 
-        def attend(num_slots: int) -> tiles.Running:
-            running = tiles.begin(q_BKGTH)
-            if not num_slots:
-                return running
-            part = cache.first(num_slots)
-            slots_1s = jnp.arange(num_slots, dtype=jnp.int32)[None]
-            mask = Mask(jnp.reshape(start - 1, (1, 1)), slots_1s)
+        def more(number: Array, running: tiles.Running) -> tiles.Running:
+            first = jnp.minimum(number * size, num_slots - size)
+            part = cache.part(first, size)
+            slots_s = first + jnp.arange(size, dtype=jnp.int32)
+            # The last block may begin within the one before, and sees that no more.
+            slots_s = jnp.where(slots_s < number * size, start, slots_s)
+            mask = Mask(jnp.reshape(start - 1, (1, 1)), slots_s[None])
             return tiles.add_tile(running, q_BKGTH, part.keys, part.values, mask)
 
-        sizes = [0, *self._sizes(cache.num_slots)]
-        return jax.lax.switch(
-            jnp.sum(start > jnp.asarray(sizes[:-1])),
-            [functools.partial(attend, size) for size in sizes],
-        )
+        num_blocks = (start + size - 1) // size
+        return jax.lax.fori_loop(0, num_blocks, more, tiles.begin(q_BKGTH))
 
     def _sizes(self, num_slots: int) -> list[int]:
         """Parts of a cache that programs can read: the first slots, ..., all of them.
