@@ -27,6 +27,7 @@ from llama_jax.generate import (
     Settings,
     score,
 )
+from llama_jax.generate.engine import require_slots
 from llama_jax.generate.generator import Prompt
 from llama_jax.generate.rows import require_ids
 from llama_jax.generate.settings import DEFAULT_SAMPLER, Allowed
@@ -307,6 +308,7 @@ def load(
         tokenizer = source.tokenizer_path
     if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         tokenizer = Tokenizer(tokenizer)
+    slots = require_slots(cache_length, source.config.max_length)
     with hosts.failing_together(), bytes_progress() as watch:
         loaded = from_checkpoint(
             sharded,
@@ -315,7 +317,7 @@ def load(
             int8=weights == "int8",
             watch=functools.partial(watch, "load"),
         )
-    engine = Engine(sharded, loaded, slots=cache_length, cache_dtype=cache)
+    engine = Engine(sharded, loaded, slots=slots, cache_dtype=cache)
     return LLM(engine, tokenizer)
 
 

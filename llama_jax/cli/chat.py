@@ -17,7 +17,7 @@ from pathlib import Path
 import tyro
 from rich.console import Console
 
-from llama_jax.cli.writer import Writer
+from llama_jax.cli.writer import Writer, show
 from llama_jax.errors import GenerationError, LlamaError
 from llama_jax.generate import Chat, Completion
 
@@ -161,15 +161,15 @@ class Terminal:
         num_shown = 0
         with _noted_interrupts() as interrupts, contextlib.closing(pieces):
             for piece in pieces:
-                num_shown += sys.stdout.write(piece)
-                sys.stdout.flush()
+                show(piece)
+                num_shown += len(piece)
                 if interrupts:
                     break
         if chat.last is None or len(chat.messages) == num_messages:
             print()
             self._note("Nothing was written, and the question is forgotten.")
         else:
-            print(chat.last.text[num_shown:], flush=True)
+            show(f"{chat.last.text[num_shown:]}\n")
             self._note(self._measured(chat.last, is_stopped=bool(interrupts)))
 
     def _measured(self, answer: Completion, *, is_stopped: bool) -> str:

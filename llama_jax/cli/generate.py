@@ -2,12 +2,11 @@
 
 import dataclasses
 import json
-import sys
 from collections.abc import Sequence
 
 import tyro
 
-from llama_jax.cli.writer import Writer
+from llama_jax.cli.writer import Writer, show
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,10 +40,9 @@ def run(argv: Sequence[str]) -> int:
     llm = options.load()
     if len(prompts) == num_samples == 1 and not options.json:
         pieces = llm.stream(prompts[0], **vars(settings))
-        sys.stdout.write(prompts[0])
+        show(prompts[0])
         for piece in pieces:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            show(piece)
         print()
         return 0
     completions = llm.generate(prompts, num_samples=num_samples, **vars(settings))
@@ -54,5 +52,5 @@ def run(argv: Sequence[str]) -> int:
             fields = {"prompt": prompt, **dataclasses.asdict(completion)}
             print(json.dumps(fields, ensure_ascii=False))
         else:
-            print(f"{prompt}{completion.text}\n")
+            show(f"{prompt}{completion.text}\n\n")
     return 0

@@ -1,6 +1,7 @@
 """The options that `generate` and `chat` share: which model writes, and how."""
 
 import dataclasses
+import sys
 from typing import Literal
 
 import jax
@@ -16,6 +17,12 @@ from llama_jax.model import num_params
 from sharding import MeshConfig, make_mesh
 
 _TOP_P = 0.9
+# What moves a terminal's cursor, or worse: all but tab and newline.
+_CONTROLS = {
+    code: f"\\x{code:02x}"
+    for code in (*range(32), *range(127, 160))
+    if chr(code) not in "\t\n"
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,3 +127,9 @@ class Writer:
             return MinP(self.min_p, temperature=self.temperature)
         top_p = _TOP_P if self.top_p is None else self.top_p
         return TopP(top_p, temperature=self.temperature)
+
+
+def show(text: str) -> None:
+    """Write what a model wrote, at once; to a terminal, nothing that commands it."""
+    sys.stdout.write(text.translate(_CONTROLS) if sys.stdout.isatty() else text)
+    sys.stdout.flush()

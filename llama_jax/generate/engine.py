@@ -45,6 +45,22 @@ class Row:
     seed: tuple[int, int] = (0, 0)
 
 
+def require_slots(slots: int | None, max_length: int) -> int:
+    """The positions that a row has room for, all of the context if none are given.
+
+    Raises:
+      GenerationError: it is no number of positions that the model has.
+    """
+    if slots is None:
+        return max_length
+    if type(slots) is not int or not 2 <= slots <= max_length:
+        raise GenerationError(
+            f"cache_length is {slots!r}: give the positions of a row, 2 to "
+            f"{max_length}, which is the model's max_length."
+        )
+    return slots
+
+
 def decoder(sharded: ShardedLlama) -> Decoder:
     """The form of a model that generation compiles."""
     return Decoder(
@@ -78,17 +94,9 @@ class Engine:
         slots: int | None = None,
         cache_dtype: str | None = None,
     ) -> None:
-        max_length = sharded.config.max_length
-        if slots is None:
-            slots = max_length
-        if type(slots) is not int or not 2 <= slots <= max_length:
-            raise GenerationError(
-                f"cache_length is {slots!r}: give the positions of a row, 2 to "
-                f"{max_length}, which is the model's max_length."
-            )
         self.sharded = sharded
         self.weights = weights
-        self.slots = slots
+        self.slots = require_slots(slots, sharded.config.max_length)
         self.cache_dtype = jnp.dtype(cache_dtype or sharded.model.dtype)
         self.decoder = decoder(sharded)
         # Of the request before: to fill a new one with zeros takes longer than a

@@ -121,20 +121,31 @@ class Generator:
           TokenizerError: a message holds a lone surrogate.
         """
         prompt = encode_dialog(self.require_tokenizer("a dialog"), dialog)
-        rows = self.rows([prompt], settings)
+        rows = self.rows([prompt], settings, name="the conversation")
         return self._write(rows, settings, continues=False)[0]
 
     def rows(
-        self, prompts: Sequence[Prompt], settings: Settings, *, num_samples: int = 1
+        self,
+        prompts: Sequence[Prompt],
+        settings: Settings,
+        *,
+        num_samples: int = 1,
+        name: str = "prompts[{}]",
     ) -> list[Row]:
         """Prompts as rows that can be run, each as often as samples are wanted.
+
+        Args:
+          prompts: as `generate`.
+          settings: likewise.
+          num_samples: likewise.
+          name: what an error calls the prompt of this number.
 
         Raises:
           GenerationError, TokenizerError: as `generate`.
         """
         self.choice(settings)
         encoded = self._encode(prompts)
-        self._require_room(encoded)
+        self._require_room(encoded, name)
         seeds = [settings.seed_of(i, len(encoded)) for i in range(len(encoded))]
         rows = []
         times: Counter[tuple[int, tuple[int, ...]]] = Counter()
@@ -233,15 +244,15 @@ class Generator:
             for i, prompt in enumerate(prompts)
         ]
 
-    def _require_room(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _require_room(self, prompts: Sequence[Sequence[int]], name: str) -> None:
         room = self.engine.slots
         for i, ids in enumerate(prompts):
             if len(ids) >= room:
                 raise GenerationError(
-                    f"prompts[{i}] has {len(ids)} tokens, and the context is {room}, "
-                    f"prompt and answer together: shorten it to at most {room - 1} "
-                    "tokens, or load the model with a greater cache_length or "
-                    "max_length."
+                    f"{name.format(i)} has {len(ids)} tokens, and the context is "
+                    f"{room}, prompt and answer together: shorten it to at most "
+                    f"{room - 1} tokens, or load the model with a greater cache_length "
+                    "or max_length."
                 )
 
     def _write(

@@ -97,7 +97,7 @@ class Chat:
         """
         asked = [*self._messages, {"role": "user", "content": content}]
         ids = encode_dialog(self._tokenizer, asked)
-        (row,) = self._generator.rows([ids], self.settings)
+        (row,) = self._generator.rows([ids], self.settings, name="the conversation")
         return self._answer(asked, row)
 
     def save(self, path: epath.PathLike) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from llama_jax.cli import main
 from llama_jax.cli.chat import Terminal
+from llama_jax.cli.writer import show
 from llama_jax.config.sampling import Greedy, TopP
 from tests.generate import models
 
@@ -55,6 +56,15 @@ def checkpoint(tmp_path_factory) -> str:
     path = tmp_path_factory.mktemp("a place with späces") / "model"
     models.llm(config=models.LONG).save(path)
     return str(path)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_what_would_command_a_terminal_is_shown(is_terminal, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    text = "a\tb\n\x1b]0;title\x07\r\x9bé"
+    show(text)
+    shown = "a\tb\n\\x1b]0;title\\x07\\x0d\\x9bé" if is_terminal else text
+    assert capsys.readouterr().out == shown
 
 
 def test_the_options_reach_the_chat(checkpoint, typed, capsys):

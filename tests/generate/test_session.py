@@ -236,7 +236,9 @@ def test_settings_may_be_replaced(chat):
 def test_a_full_context_is_an_error_and_the_chat_goes_on(chat, writer):
     chat.send(QUESTIONS[0])
     before = chat.messages
-    with pytest.raises(GenerationError, match=r"has \d{3} tokens.*context is 256"):
+    with pytest.raises(
+        GenerationError, match=r"^the conversation has \d{3} tokens.*context is 256"
+    ):
         chat.send("bace " * 120)
     assert chat.messages == before
     chat.send(QUESTIONS[1])
