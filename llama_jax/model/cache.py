@@ -115,8 +115,10 @@ def _put_at_one(into: Array, part: Array, start: Array) -> Array:
 
 
 def _put_at_each(into: Array, part: Array, start_B: Array) -> Array:
-    # A scatter in place: updates of a slice, row by row, would copy the cache.
-    rows_B = jnp.arange(part.shape[0], dtype=jnp.int32)
-    return into.at[rows_B, :, start_B].set(
+    # A scatter in place: updates of a slice, row by row, would copy the cache. Each
+    # head by itself: with several at once, the TPU compiler wants slots before heads.
+    rows_B1 = jnp.arange(part.shape[0], dtype=jnp.int32)[:, None]
+    heads_K = jnp.arange(part.shape[1], dtype=jnp.int32)
+    return into.at[rows_B1, heads_K, start_B[:, None]].set(
         part[:, :, 0], mode="promise_in_bounds", unique_indices=True
     )

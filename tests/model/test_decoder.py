@@ -83,6 +83,26 @@ def test_rows_at_places_of_their_own_are_the_whole():
         close(logits[:, 0], whole()[np.arange(3), places])
 
 
+def test_queries_that_are_filled_up_are_the_whole(monkeypatch):
+    """As on a TPU: the few queries of a key head are multiplied as eight."""
+    monkeypatch.setattr(
+        jax.lax, "platform_dependent", lambda *args, cpu, default: default(*args)
+    )
+    cache = DECODER.empty_cache(3, SLOTS, jnp.dtype("float32"))
+    _, cache = DECODER.extend(weights(), TOKENS[:, :40], cache, jnp.int32(0))
+    places = np.array([40, 39, 3])
+    token = np.take_along_axis(TOKENS, places[:, None], axis=1)
+    one = functools.partial(DECODER.extend, weights(), token, cache)
+    x, _ = one(jnp.asarray(places))
+    close(DECODER.unembed(weights(), x)[:, 0], whole()[np.arange(3), places])
+    products = [
+        equation.outvars[0].aval.shape
+        for equation in equations(jax.make_jaxpr(one)(jnp.asarray(places)).jaxpr)
+        if equation.primitive.name == "dot_general"
+    ]
+    assert (3, LONG.num_kv_heads, 8, SLOTS) in products
+
+
 def test_positions_that_are_read_twice_change_nothing():
     cache = DECODER.empty_cache(3, SLOTS, jnp.dtype("float32"))
     _, cache = extend(TOKENS[:, :40], cache, jnp.int32(0))

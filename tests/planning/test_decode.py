@@ -224,3 +224,17 @@ def test_70b_waits_for_memory(weights, most):
     assert plan.fits
     assert plan.copied_bytes == 0
     assert plan.bound_seconds <= plan.token_seconds < most * plan.bound_seconds
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize(
+    ("model", "slice_", "most"),
+    [(LlamaConfig.llama2_7b(), "v5e:2x4", 1.5), (LARGE, "v5p:2x2x1", 2.0)],
+    ids=["7b", "70b"],
+)
+def test_chips_with_several_heads_wait_for_memory(model, slice_, most):
+    """Heads of a chip share the slots' layout; single queries are no slow products."""
+    plan = plan_decode(model, parse(slice_), batch=8, length=4096)
+    assert plan.fits
+    assert plan.copied_bytes == 0
+    assert plan.bound_seconds <= plan.token_seconds < most * plan.bound_seconds
