@@ -88,10 +88,12 @@ def main() -> None:
         rows = np.array(ids[: num_rows * width], np.int32).reshape(-1, width)
         engine = llm.engine
         empty = engine.decoder.empty_cache(ROWS, engine.slots, engine.cache_dtype)
+        with jax.set_mesh(engine.sharded.mesh):
+            nats = loss(engine, rows)
         table.add_row(
             str(engine.weights.embed.dtype) if weights is None else weights,
             str(engine.cache_dtype),
-            f"{loss(engine, rows):.4f}",
+            f"{nats:.4f}",
             f"{num_bytes(engine.weights):.1f}",
             f"{num_bytes(empty):.1f}",
         )
