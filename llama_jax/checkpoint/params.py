@@ -5,7 +5,6 @@ DIRECTORY/tokenizer.model     if there is one
 DIRECTORY/params/             Orbax; written last, and whole or not at all
 """
 
-import concurrent.futures
 import dataclasses
 import functools
 import json
@@ -127,7 +126,6 @@ def load_leaves(
     shardings: Tree,
     *,
     dtype: jnp.dtype,
-    threads: int = 1,
 ) -> Tree:
     """All parameters, each host reading only what its devices hold, and that once.
 
@@ -139,7 +137,6 @@ def load_leaves(
       leaves: a tree of what has the shape of each.
       shardings: a tree of where the parts of each go.
       dtype: of the result.
-      threads: leaves read at a time.
     """
 
     def load(
@@ -173,11 +170,7 @@ def load_leaves(
                     arrays.append(jax.device_put(block, device).block_until_ready())
         return jax.make_array_from_single_device_arrays(leaf.shape, sharding, arrays)
 
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
-        coming = jax.tree_util.tree_map_with_path(
-            functools.partial(pool.submit, load), leaves, shardings
-        )
-        return jax.tree.map(concurrent.futures.Future.result, coming)
+    return jax.tree_util.tree_map_with_path(load, leaves, shardings)
 
 
 def _boxes(parts: Set[tuple[range, ...]]) -> list[tuple[range, ...]]:

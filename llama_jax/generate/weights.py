@@ -22,9 +22,6 @@ from llama_jax.model.int8 import Numbers, Quantized
 from sharding import axes
 from sharding.axes import AxisNames, Tree
 
-# Leaves of a layer that are read at a time: most of the work is to unpack them.
-_THREADS = 4
-
 # A part of the parameters by its name: "blocks" of one layer, or one of the others,
 # which have no layers.
 _Part = Callable[[str, int | None], Tree]
@@ -82,7 +79,7 @@ def from_checkpoint(
         leaves, places = shapes[name], shardings[name]
         if layer is not None:
             leaves, places = _without_layers(leaves), _without_layers(places)
-        loaded = load_leaves(read_part, leaves, places, dtype=dtype, threads=_THREADS)
+        loaded = load_leaves(read_part, leaves, places, dtype=dtype)
         done += _num_bytes(leaves, dtype)
         watch(done, total)
         return loaded
