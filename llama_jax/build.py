@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import TrainConfig
 from llama_jax.model import Llama, flash, layers, param_axes, tiles
 from llama_jax.model.count import abstract_params
@@ -146,7 +146,7 @@ def kv_copies(config: LlamaConfig, mesh: AnyMesh, rules: AxisRules) -> int:
     return max(1, parts // K)
 
 
-def build_for(recipe: PretrainRecipe, mesh: jax.sharding.Mesh) -> ShardedLlama:
+def build_for(recipe: TrainingRecipe, mesh: jax.sharding.Mesh) -> ShardedLlama:
     """The model that a recipe trains, with its kernels.
 
     Raises:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -10,12 +10,19 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import PretrainRecipe, paper_optimizer
+from llama_jax.config.recipe import (
+    PretrainRecipe,
+    SftRecipe,
+    TrainingRecipe,
+    paper_optimizer,
+)
 from llama_jax.config.train import TrainConfig
 from sharding import MeshConfig
 from tests.data import corpus
 
 NUM_STEPS = 8
+
+Recipe = TypeVar("Recipe", bound=TrainingRecipe)
 
 
 def recipe(data: str | Path, *, mesh: MeshConfig | None = None) -> PretrainRecipe:
@@ -43,7 +50,22 @@ def recipe(data: str | Path, *, mesh: MeshConfig | None = None) -> PretrainRecip
     )
 
 
-def changed(recipe: PretrainRecipe, part: str, **values: Any) -> PretrainRecipe:
+def sft_recipe(data: str | Path, length: int) -> SftRecipe:
+    """Three epochs of eight rows a step, each of so many tokens."""
+    like = recipe(data)
+    return SftRecipe(
+        model=like.model,
+        data=dataclasses.replace(like.data, sequence_length=length, segments=True),
+        optimizer=like.optimizer,
+        train=dataclasses.replace(like.train, num_steps=0),
+        mesh=like.mesh,
+        sequence_parallel=False,
+        topology="",
+        epochs=3,
+    )
+
+
+def changed(recipe: Recipe, part: str, **values: Any) -> Recipe:
     """The recipe with fields of one of its parts changed."""
     new = dataclasses.replace(getattr(recipe, part), **values)
     return dataclasses.replace(recipe, **{part: new})

@@ -41,6 +41,7 @@ def checkpoint() -> Path:
 def short_recipe() -> PretrainRecipe:
     """The recipe of `make demo`, shorter, for a smaller model."""
     recipe = load_recipe(f"{ROOT}/configs/demo.py:small")
+    assert isinstance(recipe, PretrainRecipe)
     num_steps = 500
     return dataclasses.replace(
         recipe,

@@ -27,7 +27,7 @@ from llama_jax.checkpoint.params import (
     open_orbax,
 )
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import PretrainRecipe, differences, to_json
+from llama_jax.config.recipe import TrainingRecipe, differences, to_json
 from llama_jax.errors import CheckpointError
 from sharding import hosts
 
@@ -99,7 +99,7 @@ class RunCheckpoints:
         return sorted(self._manager.all_steps())
 
     def save(
-        self, step: int, state: State, position: int, recipe: PretrainRecipe
+        self, step: int, state: State, position: int, recipe: TrainingRecipe
     ) -> None:
         """Start writing; returns when the arrays are off the devices.
 
@@ -129,7 +129,7 @@ class RunCheckpoints:
             ) from error
 
     def restore(
-        self, target: State, recipe: PretrainRecipe, *, on_damaged: str
+        self, target: State, recipe: TrainingRecipe, *, on_damaged: str
     ) -> tuple[State, int] | None:
         """The newest state, in the layout of `target`; None if there is none.
 
@@ -209,7 +209,7 @@ class RunCheckpoints:
         state = {"params": restored["params"], "optimizer": restored["optimizer"]}
         return state, position
 
-    def _require_same_model(self, step: int, recipe: PretrainRecipe) -> None:
+    def _require_same_model(self, step: int, recipe: TrainingRecipe) -> None:
         changed = differences(saved_recipe(self._directory / str(step)), recipe)
         fatal = {k: v for k, v in changed.items() if k.startswith(_FIXED)}
         if fatal:

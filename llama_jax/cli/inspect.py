@@ -97,6 +97,7 @@ def _data_facts(prepared: Prepared) -> dict[str, object]:
         prepared.rows(name)  # opens every shard, so that damage is found
         facts[name] = (
             f"{split.num_rows:,} rows, {split.num_tokens:,} tokens, "
-            f"{split.num_documents:,} documents, {split.text_bytes:,} bytes of text"
+            f"{split.num_documents:,} {prepared.kind}, {split.text_bytes:,} bytes of "
+            "text"
         )
     return facts

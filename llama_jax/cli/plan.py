@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import PretrainRecipe, load_recipe, to_json
+from llama_jax.config.recipe import TrainingRecipe, load_recipe, to_json
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import PlanError
 from llama_jax.planning import report
@@ -56,7 +56,7 @@ class Fields:
     sequence_parallel: bool
 
     @classmethod
-    def of(cls, recipe: PretrainRecipe) -> "Fields":
+    def of(cls, recipe: TrainingRecipe) -> "Fields":
         """Those of a recipe."""
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: getattr(recipe, name) for name in names})
@@ -181,7 +181,7 @@ def _leave_devices_alone() -> None:
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
-def _decode(options: Options, recipe: PretrainRecipe) -> int:
+def _decode(options: Options, recipe: TrainingRecipe) -> int:
     make = bound_decode if options.dry_run else plan_decode
     slices = 1 if options.slices is None else options.slices
     length = recipe.model.max_length if options.length is None else options.length
@@ -204,7 +204,7 @@ def _decode(options: Options, recipe: PretrainRecipe) -> int:
 
 
 def _search(
-    options: Options, recipe: PretrainRecipe, topology: Topology, power: Power
+    options: Options, recipe: TrainingRecipe, topology: Topology, power: Power
 ) -> int:
     with _progress() as watch:
         found = search(

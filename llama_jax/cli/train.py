@@ -3,28 +3,39 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
-from typing import Annotated
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
 
 from llama_jax.cli.progress import training_progress
-from llama_jax.config.recipe import PretrainRecipe, load_recipe, to_json
+from llama_jax.config.recipe import (
+    PretrainRecipe,
+    SftRecipe,
+    TrainingRecipe,
+    load_recipe,
+    to_json,
+)
 from llama_jax.errors import RecipeError
+from llama_jax.finetune.sft import sft, with_steps
 from llama_jax.model.count import num_params
 from llama_jax.train.faults import EXIT_PREEMPTED
-from llama_jax.train.pretrain import check_layout, pretrain
+from llama_jax.train.layout import check_layout
+from llama_jax.train.pretrain import pretrain
 
 _USAGE = """\
 usage: llama-jax train RECIPE [options]
 
-RECIPE is FILE.py:FUNCTION, as configs/demo.py:small. Each field of a recipe is an
-option: `llama-jax train RECIPE --help` lists them with the recipe's own values.
+RECIPE is FILE.py:FUNCTION, as configs/demo.py:small; its type says what is done, as
+pretraining or fine-tuning. Each field of a recipe is an option: `llama-jax train RECIPE
+--help` lists them with the recipe's own values.
 """
+
+_Recipe = TypeVar("_Recipe")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Options:
+class Options(Generic[_Recipe]):
     """Run a recipe, or go on with it where its newest checkpoint stands.
 
     Attributes:
@@ -41,7 +52,13 @@ class Options:
     init_from: str | None = None
     profile: str | None = None
     dry_run: bool = False
-    fields: Annotated[PretrainRecipe, tyro.conf.arg(name="")]
+    fields: Annotated[_Recipe, tyro.conf.arg(name="")]
+
+
+_STAGES: dict[type[TrainingRecipe], tuple[Any, Callable[..., bool]]] = {
+    PretrainRecipe: (Options[PretrainRecipe], pretrain),
+    SftRecipe: (Options[SftRecipe], sft),
+}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -50,27 +67,28 @@ def run(argv: Sequence[str]) -> int:
         asked = "--help" in argv or "-h" in argv
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
-    options = tyro.cli(
-        Options,
+    default = load_recipe(argv[0])
+    offered, train = _STAGES[type(default)]
+    options: Options[Any] = tyro.cli(
+        offered,
         args=argv,
         prog="llama-jax train",
-        default=Options(recipe=argv[0], fields=load_recipe(argv[0])),
+        default=Options(recipe=argv[0], fields=default),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    recipe = options.fields
+    recipe: TrainingRecipe = options.fields
     profile = _first_and_last(options.profile)
     if options.dry_run:
         print(json.dumps(to_json(recipe), indent=2))
-        train = recipe.train
         print(
-            f"{num_params(recipe.model):,} parameters; "
-            f"{train.batch_size * recipe.data.sequence_length:,} tokens a step, "
-            f"{train.batch_size * recipe.data.sequence_length * train.num_steps:,} "
-            f"in all; {check_layout(recipe)}"
+            f"{num_params(recipe.model):,} parameters; {_tokens(recipe)}; "
+            f"{check_layout(recipe)}"
         )
         return 0
+    if isinstance(recipe, SftRecipe):
+        recipe = with_steps(recipe)
     with training_progress(recipe.train.num_steps) as watch:
-        finished = pretrain(
+        finished = train(
             recipe,
             options.workdir,
             init_from=options.init_from,
@@ -80,8 +98,18 @@ def run(argv: Sequence[str]) -> int:
     if not finished:
         print("Saved and stopped as asked; the same command goes on from here.")
         return EXIT_PREEMPTED
-    print(f"Done. Let it write: llama-jax generate {options.workdir} --prompt 'The'")
+    if isinstance(recipe, SftRecipe):
+        print(f"Done. Talk to it: llama-jax chat {options.workdir}")
+    else:
+        print(f"Done. Let it write: llama-jax generate {options.workdir} --prompt The")
     return 0
+
+
+def _tokens(recipe: TrainingRecipe) -> str:
+    a_step = recipe.train.batch_size * recipe.data.sequence_length
+    if isinstance(recipe, SftRecipe) and recipe.epochs is not None:
+        return f"{a_step:,} tokens a step, {recipe.epochs} epochs"
+    return f"{a_step:,} tokens a step, {a_step * recipe.train.num_steps:,} in all"
 
 
 def _first_and_last(steps: str | None) -> tuple[int, int] | None:

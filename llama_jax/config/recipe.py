@@ -20,8 +20,8 @@ from sharding import MeshConfig, ShardingError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PretrainRecipe:
-    """Pretraining from scratch, or going on from converted weights.
+class TrainingRecipe:
+    """What the recipes of all stages have that take one step after the other.
 
     Attributes:
       model: the architecture.
@@ -76,6 +76,56 @@ class PretrainRecipe:
         if not self.topology:
             return None
         return math.prod(_topology_sizes(self.topology)) * self.mesh.num_slices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainRecipe(TrainingRecipe):
+    """Pretraining from scratch, or going on from converted weights.
+
+    Raises:
+      ConfigError: as `TrainingRecipe`, or no steps.
+    """
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.train.num_steps:
+            raise ConfigError(
+                "train.num_steps is 0: pretraining has no epochs to count them from, "
+                "so give them."
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SftRecipe(TrainingRecipe):
+    """Supervised fine-tuning on dialogs (section 3.1): a chat model of a base model.
+
+    Attributes:
+      epochs: passes over the training rows; `train.num_steps` is then 0, and becomes
+        what they need when the data are opened. None if the steps are given.
+
+    Raises:
+      ConfigError: as `TrainingRecipe`, or neither steps nor epochs, or both.
+    """
+
+    epochs: int | None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.epochs is not None and self.epochs < 1:
+            raise ConfigError(f"epochs is {self.epochs}: it has to be positive.")
+        if (self.epochs is None) == (self.train.num_steps == 0):
+            raise ConfigError(
+                f"epochs is {self.epochs} and train.num_steps {self.train.num_steps}: "
+                "give the one, and None or 0 for the other."
+            )
+
+    def with_steps(self, num_rows: int) -> "SftRecipe":
+        """The recipe with the steps that its epochs of so many rows need."""
+        if self.epochs is None:
+            return self
+        steps = math.ceil(self.epochs * num_rows / self.train.batch_size)
+        train = dataclasses.replace(self.train, num_steps=steps)
+        return dataclasses.replace(self, train=train, epochs=None)
 
 
 def _topology_sizes(topology: str) -> list[int]:
@@ -153,7 +203,54 @@ def paper_pretraining(
     )
 
 
-def load_recipe(place: str) -> PretrainRecipe:
+def paper_sft(
+    model: LlamaConfig, *, topology: str, mesh: MeshConfig, remat: str
+) -> SftRecipe:
+    """The paper's supervised fine-tuning (section 3.1): two epochs, 64 rows a step.
+
+    What the paper leaves open is ours: AdamW's constants, and the learning rate's end
+    at a tenth, are those of pretraining; it warms up for 3 % of the steps; dialogs that
+    share a row do not see each other.
+
+    Args:
+      model: the architecture.
+      topology: one slice.
+      mesh: devices per axis.
+      remat: what the backward pass finds saved; as much as memory holds.
+    """
+    return SftRecipe(
+        model=model,
+        data=DataConfig(
+            paths=("data/sft",),
+            sequence_length=model.max_length,
+            seed=0,
+            segments=True,
+        ),
+        optimizer=dataclasses.replace(
+            paper_optimizer(peak_lr=2e-5, warmup_steps=0), warmup_fraction=0.03
+        ),
+        train=TrainConfig(
+            num_steps=0,
+            batch_size=64,
+            accumulate=1,
+            compute_dtype="bfloat16",
+            remat=remat,
+            attention="splash",
+            seed=0,
+            validate_every=50,
+            checkpoint_every=100,
+            keep_latest=2,
+            keep_period=0,
+            on_bad_step="stop",
+        ),
+        mesh=mesh,
+        sequence_parallel=False,
+        topology=topology,
+        epochs=2,
+    )
+
+
+def load_recipe(place: str) -> TrainingRecipe:
     """The recipe that `FILE.py:FUNCTION` returns.
 
     Raises:
@@ -174,9 +271,10 @@ def load_recipe(place: str) -> PretrainRecipe:
             f"{path} has no recipe {name!r}.{hint} It has {', '.join(functions)}."
         )
     recipe = _called(place, functions[name])
-    if not isinstance(recipe, PretrainRecipe):
+    if not isinstance(recipe, TrainingRecipe):
         raise RecipeError(
-            f"{place} returned {type(recipe).__name__}, not a PretrainRecipe."
+            f"{place} returned {type(recipe).__name__}, which is no recipe of a stage: "
+            "see llama_jax/config/recipe.py."
         )
     return recipe
 
@@ -186,12 +284,12 @@ def recipe_names(path: Path) -> list[str]:
     return list(_recipe_functions(_run_file(path)))
 
 
-def to_json(recipe: PretrainRecipe) -> dict[str, Any]:
+def to_json(recipe: TrainingRecipe) -> dict[str, Any]:
     """The resolved recipe, for keeping beside checkpoints."""
     return dataclasses.asdict(recipe)
 
 
-def differences(saved: Mapping[str, Any], recipe: PretrainRecipe) -> dict[str, str]:
+def differences(saved: Mapping[str, Any], recipe: TrainingRecipe) -> dict[str, str]:
     """What a recipe changes of a saved one, as {"model.dim": "64, now 32"}."""
     before, now = _flat(saved), _flat(to_json(recipe))
     return {

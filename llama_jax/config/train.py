@@ -23,6 +23,8 @@ class OptimizerConfig:
       peak_lr: learning rate at the end of the warm-up.
       final_lr_fraction: of the peak, at the last step; the paper's is 0.1.
       warmup_steps: steps of linear growth from 0; the paper's are 2,000.
+      warmup_fraction: of all steps, if that is more; the paper's reward models take
+        0.03, and at least 5 steps.
       beta1: decay of the mean of gradients.
       beta2: decay of the mean of their squares.
       eps: added to the root of that, outside it.
@@ -43,13 +45,15 @@ class OptimizerConfig:
     weight_decay: float
     clip_norm: float
     moments: ComputeType = "float32"
+    warmup_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("peak_lr", "eps", "clip_norm"):
             _require(self, name, lambda v: v > 0, "positive")
         for name in ("beta1", "beta2"):
             _require(self, name, lambda v: 0 <= v < 1, "at least 0 and below 1")
-        _require(self, "final_lr_fraction", lambda v: 0 <= v <= 1, "from 0 to 1")
+        for name in ("final_lr_fraction", "warmup_fraction"):
+            _require(self, name, lambda v: 0 <= v <= 1, "from 0 to 1")
         for name in ("warmup_steps", "weight_decay"):
             _require(self, name, lambda v: v >= 0, "0 or more")
         types = get_args(ComputeType)
@@ -61,7 +65,8 @@ class TrainConfig:
     """The run: its length, its batches, its arithmetic and its checkpoints.
 
     Attributes:
-      num_steps: optimizer steps, all in all; the schedule's length.
+      num_steps: optimizer steps, all in all; the schedule's length. 0 only where a
+        recipe counts epochs.
       batch_size: rows per step over all hosts.
       accumulate: parts of the batch that are worked off one after the other, to save
         memory; the result is that of the whole batch.
@@ -117,7 +122,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in (
-            "num_steps",
             "batch_size",
             "accumulate",
             "loss_chunks",
@@ -129,7 +133,7 @@ class TrainConfig:
         ):
             _require(self, name, lambda v: v > 0, "positive")
         _require(self, "spike_norm", lambda v: v is None or v > 0, "positive, or None")
-        for name in ("seed", "keep_period"):
+        for name in ("num_steps", "seed", "keep_period"):
             _require(self, name, lambda v: v >= 0, "0 or more")
         for name, choices in (
             ("compute_dtype", get_args(ComputeType)),

@@ -1,4 +1,4 @@
-"""Documents to batches: sources, tokenised and packed once, read as often as needed.
+"""Documents and dialogs to batches: tokenised and packed once, read as often as needed.
 
     sources  ->  prepare  ->  dataset.json and ArrayRecord files  ->  pipeline
 
@@ -7,12 +7,23 @@ Corpora that this project wraps for tensorflow-datasets are in `data.builders`.
 
 from llama_jax.data.batch import Batch
 from llama_jax.data.pipeline import TrainingData, ValidationData, open_data
-from llama_jax.data.prepare import prepare, write_shard
+from llama_jax.data.prepare import prepare, prepare_dialogs, write_shard
 from llama_jax.data.prepared import Prepared
-from llama_jax.data.sources import Documents, JsonLines, Records, TextFiles
+from llama_jax.data.sources import (
+    Dialog,
+    DialogLines,
+    Dialogs,
+    Documents,
+    JsonLines,
+    Records,
+    TextFiles,
+)
 
 __all__ = [
     "Batch",
+    "Dialog",
+    "DialogLines",
+    "Dialogs",
     "Documents",
     "JsonLines",
     "Prepared",
@@ -22,5 +33,6 @@ __all__ = [
     "ValidationData",
     "open_data",
     "prepare",
+    "prepare_dialogs",
     "write_shard",
 ]

@@ -33,26 +33,36 @@ def batch_rows(
 ) -> Batch:
     """Lay rows of at most `length` + 1 tokens under each other.
 
-    What a short row lacks weighs nothing. An empty row is all padding: it fills up
-    the last batch of a pass, so that every batch has one shape.
+    What a short row lacks weighs nothing, and so do the tokens of dialogs that are not
+    learnt. An empty row is all padding: it fills up the last batch of a pass, so that
+    every batch has one shape.
 
     Args:
-      rows: pieces of packed documents; each overlaps the next by one token.
+      rows: records as `prepared.record_type` has them: pieces of documents, each of
+        which overlaps the next by one token; or whole dialogs.
       length: positions, T.
-      bos_id: the token that opens a document, if the documents of a row are to be
-        told apart.
+      bos_id: the token that opens a document, if the documents or dialogs of a row are
+        to be told apart.
     """
     tokens_BU = np.zeros((len(rows), length + 1), np.int32)  # U = T + 1
     weights_BT = np.zeros((len(rows), length), np.float32)
+    is_first_BU = np.zeros(tokens_BU.shape, np.bool_)
     for i, row in enumerate(rows):
-        tokens_BU[i, : len(row)] = row
-        weights_BT[i, : max(0, len(row) - 1)] = 1
-    tokens_BT = tokens_BU[:, :-1]
+        size = len(row)
+        if row.dtype.names is None:
+            tokens_BU[i, :size] = row
+            weights_BT[i, : max(0, size - 1)] = 1
+            is_first_BU[i, :size] = row == bos_id
+        else:
+            tokens_BU[i, :size] = row["id"]
+            weights_BT[i, : max(0, size - 1)] = row["is_learnt"][1:]
+            is_first_BU[i, :size] = row["is_first"]
+            is_first_BU[i, size:] = True  # padding belongs to no dialog
     segments_BT = None
     if bos_id is not None:
-        segments_BT = np.cumsum(tokens_BT == bos_id, axis=1, dtype=np.int32)
+        segments_BT = np.cumsum(is_first_BU[:, :-1], axis=1, dtype=np.int32)
     return Batch(
-        tokens=tokens_BT,
+        tokens=tokens_BU[:, :-1],
         targets=tokens_BU[:, 1:],
         weights=weights_BT,
         segments=segments_BT,

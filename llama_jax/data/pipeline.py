@@ -39,6 +39,11 @@ def open_data(config: DataConfig) -> list[Prepared]:
                 f"{prepared.row_length}, or prepare the data again."
             )
         prepared.require_tokenizer(sets[0].tokenizer)
+        if prepared.kind != sets[0].kind:
+            raise DataError(
+                f"{prepared.path} holds {prepared.kind} and {sets[0].path} "
+                f"{sets[0].kind}: a run reads one or the other."
+            )
     return sets
 
 

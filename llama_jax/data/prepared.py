@@ -2,9 +2,11 @@
 
     DIR/dataset.json                      what it holds, below
     DIR/tokenizer.model                   what its ids mean
-    DIR/SPLIT-00000-of-00004.array_record  rows, one record each: ids, little-endian
+    DIR/SPLIT-00000-of-00004.array_record  rows, one record each, little-endian
 
-The last row of a shard may be shorter than the others.
+Documents are cut into rows, of which the last of a shard may be shorter than the
+others; a record is its ids. Dialogs stay whole, and leave room at the ends of rows; a
+record has for each token the id, whether it is learnt and whether a dialog begins.
 """
 
 import bisect
@@ -14,7 +16,7 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import grain
 import numpy as np
@@ -24,6 +26,8 @@ from llama_jax.errors import DataError
 MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = 1
+
+Kind = Literal["documents", "dialogs"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,12 +40,14 @@ class Shard:
       file_bytes: its size.
       sha256: of the records, one after the other.
       num_rows: records.
-      num_documents: documents read.
+      num_documents: documents or dialogs in the rows.
       num_skipped: rows of the source that held no usable text.
-      text_bytes: UTF-8 of the documents, without BOS and EOS.
-      num_tokens: of the documents, BOS and EOS included.
-      num_targets: tokens that its rows predict: all but the first, and but those left
-        over in a split whose tail is dropped.
+      text_bytes: UTF-8 of the documents, without BOS and EOS; of dialogs, of what is
+        said in them.
+      num_tokens: of the documents, BOS and EOS included; of the dialogs.
+      num_targets: tokens that its rows teach. Of documents, all but the first, and but
+        those left over in a split whose tail is dropped; of dialogs, those learnt.
+      num_too_long: dialogs that do not fit a row, and were left out.
     """
 
     file: str
@@ -54,11 +60,7 @@ class Shard:
     text_bytes: int
     num_tokens: int
     num_targets: int
-
-    @property
-    def num_dropped(self) -> int:
-        """Tokens at the end that did not fill a row."""
-        return self.num_tokens - 1 - self.num_targets
+    num_too_long: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Split:
 
     @property
     def num_documents(self) -> int:
-        """Documents read."""
+        """Documents or dialogs in the rows."""
         return sum(shard.num_documents for shard in self.shards)
 
     @property
@@ -89,18 +91,18 @@ class Split:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the documents, BOS and EOS included."""
+        """Tokens of the documents or dialogs, BOS and EOS included."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are predicted."""
+        """Tokens that are taught."""
         return sum(shard.num_targets for shard in self.shards)
 
     @property
-    def num_dropped(self) -> int:
-        """Tokens at the ends of shards that did not fill a row."""
-        return sum(shard.num_dropped for shard in self.shards)
+    def num_too_long(self) -> int:
+        """Dialogs that were left out because they do not fit a row."""
+        return sum(shard.num_too_long for shard in self.shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,6 +116,7 @@ class Prepared:
       bos_id: the id that opens a document.
       row_length: tokens that a row lets a model read at once.
       splits: by name.
+      kind: what the rows are made of.
     """
 
     path: Path
@@ -122,6 +125,7 @@ class Prepared:
     bos_id: int
     row_length: int
     splits: Mapping[str, Split]
+    kind: Kind = "documents"
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -157,6 +161,7 @@ class Prepared:
                     name: Split(tuple(Shard(**shard) for shard in shards))
                     for name, shards in content["splits"].items()
                 },
+                kind=content.get("kind", "documents"),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -182,6 +187,7 @@ class Prepared:
             "vocab_size": self.vocab_size,
             "bos_id": self.bos_id,
             "row_length": self.row_length,
+            "kind": self.kind,
             "splits": {
                 name: [dataclasses.asdict(shard) for shard in split.shards]
                 for name, split in self.splits.items()
@@ -216,11 +222,12 @@ class Prepared:
 
 
 class Rows:
-    """Random access to the rows of a split, as int32; a source for Grain."""
+    """Random access to the rows of a split, as records; a source for Grain."""
 
     def __init__(self, prepared: Prepared, split: str) -> None:
         self._name = f"{prepared.path} {split}"
-        self._dtype = id_type(prepared.vocab_size)
+        self._stored = record_type(prepared.kind, id_type(prepared.vocab_size))
+        self._read = record_type(prepared.kind, np.dtype(np.int32))
         # A file without records is a shard whose documents did not fill a row.
         shards = [shard for shard in prepared.splits[split].shards if shard.num_rows]
         self._paths = [prepared.path / shard.file for shard in shards]
@@ -242,7 +249,7 @@ class Rows:
             record = self._records[shard][index - self._starts[shard]]
         except RuntimeError as error:
             raise _damaged(self._paths[shard], str(error)) from error
-        return np.frombuffer(record, self._dtype).astype(np.int32)
+        return np.frombuffer(record, self._stored).astype(self._read)
 
     def __repr__(self) -> str:
         return f"Rows({self._name!r}, {len(self)} rows)"
@@ -251,6 +258,13 @@ class Rows:
 def id_type(vocab_size: int) -> np.dtype:
     """The smallest type that holds the ids of a vocabulary, little-endian."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def record_type(kind: Kind, ids: np.dtype) -> np.dtype:
+    """Of one token of a row: its id; of a dialog, with what it is there for."""
+    if kind == "documents":
+        return ids
+    return np.dtype([("id", ids), ("is_learnt", np.bool_), ("is_first", np.bool_)])
 
 
 def local(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where documents come from: rows of a data set, JSONL files, text files.
+"""Where documents and dialogs come from: a data set's rows, JSONL files, text files.
 
 A source is one shard of a corpus, read from its beginning as often as one likes and
 never held in memory. `data.prepare` turns each into one file.
@@ -7,11 +7,12 @@ never held in memory. `data.prepare` turns each into one file.
 import abc
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 from etils import epath
 
-from llama_jax.errors import DataError
+from llama_jax.errors import DataError, DialogError
+from llama_jax.text.chat import Learnt, Message, require_example
 
 OnError = Literal["raise", "skip"]
 
@@ -34,48 +35,73 @@ class Documents(Protocol):
     def __iter__(self) -> Iterator[str]: ...
 
 
+class Dialog(NamedTuple):
+    """A conversation to learn from, which ends with an answer.
+
+    Attributes:
+      messages: as `text.chat` has them.
+      learn: whether "all" answers are learnt or the "last" alone.
+    """
+
+    messages: Sequence[Message]
+    learn: Learnt
+
+
+class Dialogs(Protocol):
+    """One shard of conversations; attributes as those of `Documents`."""
+
+    name: str
+    num_skipped: int
+
+    def __iter__(self) -> Iterator[Dialog]: ...
+
+
 class _BadRowError(Exception):
     """What is wrong with a row; where it is, is added by who knows."""
 
 
-class _Rows(abc.ABC):
-    """Rows that each hold one text; a row without is an error, or is counted."""
+_Item = TypeVar("_Item")
+
+
+class _Rows(abc.ABC, Generic[_Item]):
+    """Rows that each hold one item; a row without is an error, or is counted."""
 
     def __init__(self, name: str, *, on_error: OnError) -> None:
         self.name = name
         self.num_skipped = 0
         self._on_error = on_error
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[_Item]:
         self.num_skipped = 0
         for place, row in self._rows():
             try:
-                text = self._text(row)
-                _require_usable(text)
-            except _BadRowError as error:
+                item = self._item(row)
+            except (_BadRowError, DialogError) as error:
                 if self._on_error == "raise":
-                    raise DataError(
-                        f"{place}: {error}. Mend it, or leave such rows out, counted, "
-                        "with on_error='skip'."
+                    kind = DataError if isinstance(error, _BadRowError) else DialogError
+                    raise kind(
+                        f"{place}: {str(error).rstrip('.')}. Mend it, or leave such "
+                        "rows out, counted, with on_error='skip'."
                     ) from None
                 self.num_skipped += 1
             else:
-                yield text
+                yield item
 
     @abc.abstractmethod
     def _rows(self) -> Iterator[tuple[str, Any]]:
         """Each row, after the place to name in an error."""
 
     @abc.abstractmethod
-    def _text(self, row: Any) -> str:
-        """The text of a row.
+    def _item(self, row: Any) -> _Item:
+        """What a row holds.
 
         Raises:
-          _BadRowError: it has none.
+          _BadRowError: nothing of use.
+          DialogError: a conversation that is none.
         """
 
 
-class Records(_Rows):
+class Records(_Rows[str]):
     """Documents of a random-access data source, such as TFDS makes.
 
     Args:
@@ -102,29 +128,16 @@ class Records(_Rows):
         for i in range(len(self._records)):
             yield f"{self.name}, record {i}", self._records[i]
 
-    def _text(self, row: Any) -> str:
+    def _item(self, row: Any) -> str:
         return _field_text(row, self._field)
 
 
-class JsonLines(_Rows):
-    """Documents of a JSONL file: one object a line, the text in one of its fields.
+class _Lines(_Rows[_Item]):
+    """Rows that are the lines of a file which are not blank, as bytes."""
 
-    Args:
-      path: the file, on a disk or in a bucket (`gs://...`).
-      field: of an object, that holds the text.
-      on_error: what to do with a line that holds no usable text.
-    """
-
-    def __init__(
-        self,
-        path: epath.PathLike,
-        *,
-        field: str = "text",
-        on_error: OnError = "raise",
-    ) -> None:
+    def __init__(self, path: epath.PathLike, *, on_error: OnError) -> None:
         super().__init__(str(path), on_error=on_error)
         self._path = epath.Path(path)
-        self._field = field
 
     def _rows(self) -> Iterator[tuple[str, Any]]:
         try:
@@ -140,18 +153,60 @@ class JsonLines(_Rows):
         except (OSError, ImportError) as error:
             raise _unreadable(self.name, error) from error
 
-    def _text(self, row: bytes) -> str:
-        _require_size(row)
-        try:
-            content = json.loads(_decode(row))
-        except json.JSONDecodeError as error:
-            raise _BadRowError(f"it is not JSON ({error})") from None
-        except RecursionError:
-            raise _BadRowError("its JSON is nested too deeply") from None
-        return _field_text(content, self._field)
+
+class JsonLines(_Lines[str]):
+    """Documents of a JSONL file: one object a line, the text in one of its fields.
+
+    Args:
+      path: the file, on a disk or in a bucket (`gs://...`).
+      field: of an object, that holds the text.
+      on_error: what to do with a line that holds no usable text.
+    """
+
+    def __init__(
+        self,
+        path: epath.PathLike,
+        *,
+        field: str = "text",
+        on_error: OnError = "raise",
+    ) -> None:
+        super().__init__(path, on_error=on_error)
+        self._field = field
+
+    def _item(self, row: bytes) -> str:
+        return _field_text(_json(row), self._field)
 
 
-class TextFiles(_Rows):
+class DialogLines(_Lines[Dialog]):
+    """Conversations of a JSONL file, {"messages": [...], "learn": "last"} a line.
+
+    Without "learn", all answers are learnt.
+
+    Args:
+      path: the file, on a disk or in a bucket (`gs://...`).
+      on_error: what to do with a line that holds no conversation to learn from.
+    """
+
+    def __init__(self, path: epath.PathLike, *, on_error: OnError = "raise") -> None:
+        super().__init__(path, on_error=on_error)
+
+    def _item(self, row: bytes) -> Dialog:
+        content = _object(_json(row), "messages")
+        learn = content.get("learn", "all")
+        if learn not in get_args(Learnt):
+            raise _BadRowError(f'"learn" is {learn!r:.60}: write "all" or "last"')
+        messages = content["messages"]
+        if not isinstance(messages, list):
+            raise _BadRowError(
+                f"the field 'messages' is {type(messages).__name__}, not a list"
+            )
+        require_example(messages)
+        for message in messages:
+            _usable(message["content"])
+        return Dialog(messages, learn)
+
+
+class TextFiles(_Rows[str]):
     """Documents that are whole files.
 
     Args:
@@ -179,9 +234,9 @@ class TextFiles(_Rows):
                 raise _unreadable(str(path), error) from error
             yield str(path), content
 
-    def _text(self, row: bytes) -> str:
+    def _item(self, row: bytes) -> str:
         _require_size(row)
-        return _decode(row)
+        return _usable(_decode(row))
 
 
 def files(paths: Iterable[epath.PathLike]) -> list[Documents]:
@@ -190,28 +245,67 @@ def files(paths: Iterable[epath.PathLike]) -> list[Documents]:
     Raises:
       DataError: a file does not exist.
     """
-    sources: list[Documents] = []
-    for path in map(epath.Path, paths):
-        if "://" not in str(path) and not path.is_file():
-            raise DataError(f"{path} is no file: check the path.")
-        jsonl = path.suffix in (".jsonl", ".ndjson")
-        sources.append(JsonLines(path) if jsonl else TextFiles(str(path), [path]))
+    return [
+        JsonLines(path) if _is_jsonl(path) else TextFiles(str(path), [path])
+        for path in map(_existing, paths)
+    ]
+
+
+def dialog_files(paths: Iterable[epath.PathLike]) -> list[Dialogs]:
+    """One source for each file, all of which are JSONL.
+
+    Raises:
+      DataError: a file does not exist, or has another ending.
+    """
+    sources: list[Dialogs] = []
+    for path in map(_existing, paths):
+        if not _is_jsonl(path):
+            raise DataError(
+                f"{path} is no .jsonl file: dialogs are objects, one a line, as "
+                '{"messages": [{"role": "user", "content": ...}, ...]}.'
+            )
+        sources.append(DialogLines(path))
     return sources
 
 
-def _field_text(row: Any, field: str) -> str:
+def _existing(path: epath.PathLike) -> epath.Path:
+    path = epath.Path(path)
+    if "://" not in str(path) and not path.is_file():
+        raise DataError(f"{path} is no file: check the path.")
+    return path
+
+
+def _is_jsonl(path: epath.Path) -> bool:
+    return path.suffix in (".jsonl", ".ndjson")
+
+
+def _json(row: bytes) -> Any:
+    _require_size(row)
+    try:
+        return json.loads(_decode(row))
+    except json.JSONDecodeError as error:
+        raise _BadRowError(f"it is not JSON ({error})") from None
+    except RecursionError:
+        raise _BadRowError("its JSON is nested too deeply") from None
+
+
+def _object(row: Any, field: str) -> Mapping[str, Any]:
     if not isinstance(row, Mapping):
         raise _BadRowError(f"it is {type(row).__name__}, not an object with {field!r}")
     if field not in row:
         raise _BadRowError(
             f"the field {field!r} is missing; it has {', '.join(map(repr, row))}"
         )
-    text = row[field]
+    return row
+
+
+def _field_text(row: Any, field: str) -> str:
+    text = _object(row, field)[field]
     if isinstance(text, bytes):
-        return _decode(text)
+        return _usable(_decode(text))
     if not isinstance(text, str):
         raise _BadRowError(f"the field {field!r} is {type(text).__name__}, not text")
-    return text
+    return _usable(text)
 
 
 def _decode(text: bytes) -> str:
@@ -228,7 +322,7 @@ def _require_size(row: bytes) -> None:
         raise _BadRowError(f"it is longer than {MAX_DOCUMENT_BYTES:,} bytes")
 
 
-def _require_usable(text: str) -> None:
+def _usable(text: str) -> str:
     if not text.strip():
         raise _BadRowError("the text is empty")
     if "\0" in text:
@@ -241,6 +335,7 @@ def _require_usable(text: str) -> None:
         raise _BadRowError(
             f"character {error.start} is a lone surrogate, half of a character"
         ) from None
+    return text
 
 
 def _unreadable(name: str, error: Exception) -> DataError:

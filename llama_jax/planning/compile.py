@@ -17,13 +17,13 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.build import build_for
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.data.batch import Batch
 from llama_jax.errors import PlanError
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.topology import Topology
+from llama_jax.train.layout import check_layout
 from llama_jax.train.optimizer import make_optimizer, make_schedule
-from llama_jax.train.pretrain import check_layout
 from llama_jax.train.state import abstract_state
 from llama_jax.train.step import batch_sharding, make_train_step
 from sharding import make_mesh
@@ -73,7 +73,7 @@ class CompiledStep:
       seconds: that tracing and compiling took.
     """
 
-    recipe: PretrainRecipe
+    recipe: TrainingRecipe
     topology: Topology
     mesh: jax.sharding.Mesh
     memory: Memory
@@ -88,7 +88,7 @@ class CompiledStep:
 
 
 def compile_step(
-    recipe: PretrainRecipe,
+    recipe: TrainingRecipe,
     topology: Topology,
     *,
     compiler_options: Mapping[str, str | bool] | None = None,
@@ -185,7 +185,7 @@ def memory_refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
 
 
 def _abstract_batch(
-    recipe: PretrainRecipe, sharding: jax.sharding.NamedSharding
+    recipe: TrainingRecipe, sharding: jax.sharding.NamedSharding
 ) -> Batch:
     shape = (recipe.train.batch_size, recipe.data.sequence_length)
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from llama_jax.build import params_layout
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.model import num_params
 from llama_jax.model.count import abstract_params
@@ -74,7 +74,7 @@ class Estimate:
         return sum(self.seconds.values())
 
 
-def estimate(recipe: PretrainRecipe, topology: Topology) -> Estimate:
+def estimate(recipe: TrainingRecipe, topology: Topology) -> Estimate:
     """Memory and time of one step of a recipe.
 
     Raises:
@@ -115,14 +115,14 @@ def state_bytes(
 class _Sizes:
     """A recipe and a topology, in the numbers that the formulas need."""
 
-    recipe: PretrainRecipe
+    recipe: TrainingRecipe
     topology: Topology
     mesh: Mapping[str, int]
     rows: float  # of a sequence, that a chip works on at once
     width: int  # bytes of a number in the arithmetic
 
     @classmethod
-    def of(cls, recipe: PretrainRecipe, topology: Topology) -> "_Sizes":
+    def of(cls, recipe: TrainingRecipe, topology: Topology) -> "_Sizes":
         mesh = abstract_mesh(recipe.mesh, topology.num_chips).shape
         parts = mesh["data"] * mesh["fsdp"] * recipe.train.accumulate
         return cls(

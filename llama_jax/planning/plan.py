@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Mapping
 from typing import Literal
 
-from llama_jax.config.recipe import PretrainRecipe, load_recipe
+from llama_jax.config.recipe import TrainingRecipe, load_recipe
 from llama_jax.errors import PlanError
 from llama_jax.model.count import train_flops_per_token
 from llama_jax.planning import programs
@@ -14,7 +14,7 @@ from llama_jax.planning.energy import Power
 from llama_jax.planning.estimate import estimate
 from llama_jax.planning.schedule import Collective, Placement, Profile, predict
 from llama_jax.planning.topology import Topology
-from llama_jax.train.pretrain import check_layout
+from llama_jax.train.layout import check_layout
 
 Source = Literal["compiled", "closed-form estimate"]
 
@@ -42,7 +42,7 @@ class Plan:
       program: its text; "" if there is none.
     """
 
-    recipe: PretrainRecipe
+    recipe: TrainingRecipe
     topology: Topology
     source: Source
     memory: Mapping[str, int]
@@ -98,9 +98,12 @@ class Plan:
 
     @property
     def days(self) -> float | None:
-        """Predicted, of all steps of the recipe, without interruption."""
-        step_seconds = self.step_seconds
-        return step_seconds and step_seconds * self.recipe.train.num_steps / 86_400
+        """Predicted, of all steps of the recipe, without interruption.
+
+        None, too, where the recipe counts epochs: the data say how many steps they are.
+        """
+        step_seconds, num_steps = self.step_seconds, self.recipe.train.num_steps
+        return step_seconds * num_steps / 86_400 if step_seconds and num_steps else None
 
     @property
     def chip_hours(self) -> float | None:
@@ -122,7 +125,7 @@ class Plan:
 
 
 def plan(
-    recipe: PretrainRecipe | str,
+    recipe: TrainingRecipe | str,
     topology: str | None = None,
     slices: int | None = None,
     *,
@@ -151,8 +154,8 @@ def plan(
 
 
 def resolve(
-    recipe: PretrainRecipe | str, topology: str | None, slices: int | None
-) -> tuple[PretrainRecipe, Topology]:
+    recipe: TrainingRecipe | str, topology: str | None, slices: int | None
+) -> tuple[TrainingRecipe, Topology]:
     """A recipe put on a topology, with the factors of its mesh resolved.
 
     Raises:
@@ -181,7 +184,7 @@ def has_compiler() -> bool:
     return importlib.util.find_spec("libtpu") is not None
 
 
-def compiled(recipe: PretrainRecipe, topology: Topology, power: Power) -> Plan:
+def compiled(recipe: TrainingRecipe, topology: Topology, power: Power) -> Plan:
     """What the compiler makes of a recipe that `resolve` gave."""
     step = programs.compiled(recipe, topology)
     profile = None
@@ -214,7 +217,7 @@ def compiled(recipe: PretrainRecipe, topology: Topology, power: Power) -> Plan:
     )
 
 
-def estimated(recipe: PretrainRecipe, topology: Topology, power: Power) -> Plan:
+def estimated(recipe: TrainingRecipe, topology: Topology, power: Power) -> Plan:
     """What arithmetic says of a recipe that `resolve` gave."""
     found = estimate(recipe, topology)
     return Plan(

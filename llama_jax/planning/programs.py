@@ -18,7 +18,7 @@ import jax
 
 import llama_jax
 import sharding
-from llama_jax.config.recipe import PretrainRecipe, to_json
+from llama_jax.config.recipe import TrainingRecipe, to_json
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.compile import CompiledStep, Memory, compile_step
 from llama_jax.planning.topology import Topology
@@ -27,7 +27,7 @@ from sharding import make_mesh
 _log = logging.getLogger(__name__)
 
 
-def compiled(recipe: PretrainRecipe, topology: Topology) -> CompiledStep:
+def compiled(recipe: TrainingRecipe, topology: Topology) -> CompiledStep:
     """What `compile_step` gives, from disk if it gave it before.
 
     Raises:
@@ -68,7 +68,7 @@ def _directory() -> Path:
     return Path(home) / "llama-jax" / "plans"
 
 
-def _digest(recipe: PretrainRecipe, topology: Topology) -> str:
+def _digest(recipe: TrainingRecipe, topology: Topology) -> str:
     facts = {
         "recipe": to_json(recipe),
         "topology": topology.name,

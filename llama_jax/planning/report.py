@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.estimate import NAME
@@ -98,7 +98,7 @@ def remedies(plan: Plan) -> str:
     """What would make a plan fit, by the closed form."""
     recipe = plan.recipe
     train, optimizer, mesh_config = recipe.train, recipe.optimizer, recipe.mesh
-    tried: list[tuple[str, PretrainRecipe]] = []
+    tried: list[tuple[str, TrainingRecipe]] = []
 
     def attempt(option: str, **changed: Any) -> None:
         tried.append((option, dataclasses.replace(recipe, **changed)))
@@ -217,14 +217,17 @@ def _collectives(plan: Plan) -> Table:
 
 
 def _totals(plan: Plan) -> Iterator[str]:
-    assert plan.mfu and plan.tokens_per_second and plan.days and plan.chip_hours
-    assert plan.energy_kwh and plan.co2_tonnes is not None  # 0 of a clean grid
-    chip, power = plan.topology.chip, plan.power
-    tokens = plan.tokens_per_step * plan.recipe.train.num_steps
+    assert plan.mfu and plan.tokens_per_second
     yield (
         f"Predicted: {plan.step_seconds:.2f} s a step, MFU {plan.mfu:.1%}, "
         f"{plan.tokens_per_second:,.0f} tokens/s."
     )
+    if plan.days is None:
+        return
+    assert plan.chip_hours and plan.energy_kwh
+    assert plan.co2_tonnes is not None  # 0 of a clean grid
+    chip, power = plan.topology.chip, plan.power
+    tokens = plan.tokens_per_step * plan.recipe.train.num_steps
     yield (
         f"Predicted for {tokens:.3g} tokens in {plan.recipe.train.num_steps:,} steps: "
         f"{plan.days:,.1f} days, {plan.chip_hours:,.0f} chip-hours, "

@@ -11,7 +11,7 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.errors import PlanError
 from llama_jax.planning import plan as planning
 from llama_jax.planning.energy import Power
@@ -48,7 +48,7 @@ class Found:
 
 
 def search(
-    recipe: PretrainRecipe,
+    recipe: TrainingRecipe,
     topology: Topology,
     power: Power,
     *,
@@ -102,7 +102,7 @@ def search(
     )
 
 
-def layouts(recipe: PretrainRecipe, topology: Topology) -> Iterator[PretrainRecipe]:
+def layouts(recipe: TrainingRecipe, topology: Topology) -> Iterator[TrainingRecipe]:
     """Every mesh that divides the chips and the model, with every remat and row count.
 
     Two policies along the depth are tried where one fits and the next does not.
@@ -121,7 +121,7 @@ def layouts(recipe: PretrainRecipe, topology: Topology) -> Iterator[PretrainReci
                 yield mixed
 
 
-def _meshed(recipe: PretrainRecipe, topology: Topology) -> Iterator[PretrainRecipe]:
+def _meshed(recipe: TrainingRecipe, topology: Topology) -> Iterator[TrainingRecipe]:
     chips = topology.num_chips // topology.slices
     sizes = [n for n in range(1, chips + 1) if chips % n == 0]
     length = recipe.data.sequence_length
@@ -146,8 +146,8 @@ def _meshed(recipe: PretrainRecipe, topology: Topology) -> Iterator[PretrainReci
 
 
 def _fullest(
-    recipe: PretrainRecipe, topology: Topology, accumulate: int
-) -> PretrainRecipe | None:
+    recipe: TrainingRecipe, topology: Topology, accumulate: int
+) -> TrainingRecipe | None:
     """As many layers as fit save their projections, the others less."""
     num_layers = recipe.model.num_layers
     eighth = max(num_layers // 8, 1)
@@ -165,7 +165,7 @@ def _fullest(
     return None
 
 
-def _changed(recipe: PretrainRecipe, *, remat: str, accumulate: int) -> PretrainRecipe:
+def _changed(recipe: TrainingRecipe, *, remat: str, accumulate: int) -> TrainingRecipe:
     train = dataclasses.replace(recipe.train, remat=remat, accumulate=accumulate)
     return dataclasses.replace(recipe, train=train)
 
@@ -197,7 +197,7 @@ def _diverse(plans: list[Plan], num: int) -> list[Plan]:
 
 
 def _compiled(
-    recipes: list[PretrainRecipe],
+    recipes: list[TrainingRecipe],
     topology: Topology,
     power: Power,
     num_processes: int,
@@ -224,7 +224,7 @@ def _compiled(
     return [job.result() for job in jobs]
 
 
-def _compile(recipe: PretrainRecipe, topology: Topology, power: Power) -> Plan:
+def _compile(recipe: TrainingRecipe, topology: Topology, power: Power) -> Plan:
     """In a process of its own; the program, which is long, stays there."""
     plan = planning.compiled(recipe, topology, power)
     return dataclasses.replace(plan, program="", profile=None)

@@ -9,12 +9,13 @@ Errors name the message, counted from 1; a caller who knows the row puts it in f
 """
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from llama_jax.errors import DialogError, TokenizerError
 from llama_jax.text.tokenizer import Tokenizer
 
 Message = Mapping[str, str]
+Learnt = Literal["all", "last"]
 
 _TAGS = ("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>")
 _ORDER = (
@@ -52,28 +53,30 @@ def encode_dialog(tokenizer: Tokenizer, dialog: Sequence[Message]) -> list[int]:
     return tokens + _encode_question(tokenizer, question)
 
 
-def encode_example(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Example:
+def encode_example(
+    tokenizer: Tokenizer, dialog: Sequence[Message], *, learn: Learnt = "all"
+) -> Example:
     """The tokens of a dialog that ends with an answer, and which of them to learn.
 
     The tokens are those by which Meta's code writes finished turns, so training sees
-    what chat will see. Every answer is learnt, together with the space and the EOS that
+    what chat will see. An answer is learnt together with the space and the EOS that
     end it: without them a model would never stop.
 
+    Args:
+      tokenizer: makes the ids.
+      dialog: the messages.
+      learn: "all" answers, or the "last" alone, as Ghost Attention wants it
+        (section 3.3).
+
     Raises:
-      DialogError: as `encode_dialog`, but the last message is the assistant's; or a
-        message is empty, and would teach silence.
+      DialogError: see `require_example`.
       TokenizerError: a message holds a lone surrogate, or a piece of the tokenizer
         spans the end of a question and its answer, so that no mask parts them.
     """
-    turns = _turns(dialog, last="assistant")
-    for number, message in enumerate(dialog, start=1):
-        if not message["content"].strip():
-            raise DialogError(
-                f"message {number} ({message['role']}) is empty: leave the dialog out "
-                "of the training data, or write what is missing."
-            )
+    turns = require_example(dialog)
     example = Example(tokens=[], loss_mask=[])
-    for question, answer in zip(turns[::2], turns[1::2], strict=True):
+    for number in range(0, len(turns), 2):
+        question, answer = turns[number : number + 2]
         prompt = _encode_question(tokenizer, question)
         turn = _encode_turn(tokenizer, question, answer)
         if turn[: len(prompt)] != prompt:
@@ -82,9 +85,31 @@ def encode_example(tokenizer: Tokenizer, dialog: Sequence[Message]) -> Example:
                 "the answer cannot be learnt alone: use a tokenizer that splits at "
                 "white space, as Llama's does."
             )
+        is_learnt = learn == "all" or number == len(turns) - 2
         example.tokens.extend(turn)
-        example.loss_mask.extend(i >= len(prompt) for i in range(len(turn)))
+        example.loss_mask.extend(
+            is_learnt and i >= len(prompt) for i in range(len(turn))
+        )
     return example
+
+
+def require_example(dialog: Sequence[Message]) -> list[str]:
+    """Check that a dialog can be learnt from; questions and answers in turn.
+
+    The system message is part of the first question.
+
+    Raises:
+      DialogError: as `encode_dialog`, but the last message is the assistant's; or a
+        message is empty, and would teach silence.
+    """
+    turns = _turns(dialog, last="assistant")
+    for number, message in enumerate(dialog, start=1):
+        if not message["content"].strip():
+            raise DialogError(
+                f"message {number} ({message['role']}) is empty: leave the dialog out "
+                "of the training data, or write what is missing."
+            )
+    return turns
 
 
 def _encode_question(tokenizer: Tokenizer, question: str) -> list[int]:

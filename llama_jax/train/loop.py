@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 import jax
 
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.data.batch import Batch
 from llama_jax.train import faults
 from llama_jax.train.metrics import Sink, Stopwatch
@@ -32,7 +32,7 @@ class Run:
       profile_dir: for `jax.profiler`.
     """
 
-    recipe: PretrainRecipe
+    recipe: TrainingRecipe
     mesh: jax.sharding.Mesh
     train_step: TrainStep
     eval_step: EvalStep

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 from tensorboardX import SummaryWriter
 
-from llama_jax.config.recipe import PretrainRecipe
+from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.errors import TrainingError
 from llama_jax.model.count import train_flops_per_token
 from llama_jax.train.step import Measured
@@ -90,7 +90,7 @@ class Sink:
     def __init__(
         self,
         workdir: epath.PathLike,
-        recipe: PretrainRecipe,
+        recipe: TrainingRecipe,
         *,
         start_step: int,
         watch: Callable[[Record], None],

@@ -14,11 +14,12 @@ def make_schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
     Reaches `final_lr_fraction` of the peak at `num_steps`, if that lies behind the
     warm-up.
     """
+    warmup_steps = max(config.warmup_steps, round(config.warmup_fraction * num_steps))
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=config.peak_lr,
-        warmup_steps=config.warmup_steps,
-        decay_steps=max(num_steps, config.warmup_steps + 1),
+        warmup_steps=warmup_steps,
+        decay_steps=max(num_steps, warmup_steps + 1),
         end_value=config.peak_lr * config.final_lr_fraction,
     )
 

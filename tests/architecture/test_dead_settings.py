@@ -11,7 +11,7 @@ import pytest
 from llama_jax.build import build_for
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import PretrainRecipe, paper_optimizer
+from llama_jax.config.recipe import PretrainRecipe, SftRecipe, paper_optimizer
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama, param_axes
@@ -55,6 +55,7 @@ OTHER_OPTIMIZER = {
     "weight_decay": 0.5,
     "clip_norm": 0.5,
     "moments": "bfloat16",
+    "warmup_fraction": 0.75,
 }
 # The mesh axis that each factor makes longer.
 MESH_AXIS = {
@@ -238,6 +239,6 @@ def test_each_setting_of_several_hosts(monkeypatch):
     assert other.items() <= given.items()
 
 
-@pytest.mark.parametrize("config", [TrainConfig, DataConfig, PretrainRecipe])
+@pytest.mark.parametrize("config", [TrainConfig, DataConfig, PretrainRecipe, SftRecipe])
 def test_each_field_of_a_run_is_read_outside_of_the_configuration(config):
     assert _fields(config) - _attributes_read() == set()

@@ -9,10 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.cli import COMMANDS, chat, convert, data, generate, inspect, plan, train
+from llama_jax.config.recipe import PretrainRecipe, SftRecipe
 
 GOLDEN = Path(__file__).with_name("options.txt")
 OPTIONS = {
-    "train": train.Options,
+    "train": train.Options[PretrainRecipe],
+    "train sft": train.Options[SftRecipe],
     "plan": plan.Options,
     "generate": generate.Options,
     "chat": chat.Options,
@@ -20,12 +22,15 @@ OPTIONS = {
     "inspect": inspect.Options,
     "data tokenizer": data.TokenizerStep,
     "data prepare": data.PrepareStep,
+    "data dialogs": data.DialogsStep,
 }
 
 
 def options(cls: type, prefix: str = "") -> Iterator[str]:
-    hints = typing.get_type_hints(cls)
-    for field in dataclasses.fields(cls):
+    hints = typing.get_type_hints(typing.get_origin(cls) or cls)
+    if given := typing.get_args(cls):
+        (hints["fields"],) = given
+    for field in dataclasses.fields(typing.get_origin(cls) or cls):
         name = field.name.replace("_", "-")
         if dataclasses.is_dataclass(hints[field.name]):
             # The recipe itself has no name: its parts stand at the top.

@@ -12,7 +12,7 @@ from llama_jax import __version__
 from llama_jax.cli import COMMANDS, main
 from llama_jax.data.prepared import Prepared
 from tests import runs
-from tests.data import corpus
+from tests.data import corpus, dialogs
 
 ROOT = Path(__file__).parents[2]
 RECIPE = f"{ROOT}/configs/demo.py:small"
@@ -141,6 +141,41 @@ def test_the_commands_of_a_run(trained, capsys):
     assert len(second["tokens"]) == len(second["logprobs"]) <= 5
     assert main([*greedy, "--dry-run"]) == 0
     assert "parameters, float32" in capsys.readouterr().out
+
+
+TUNING = f"""
+import dataclasses
+from llama_jax.config.recipe import load_recipe
+from tests import runs
+
+def small():
+    model = dataclasses.replace(load_recipe({RECIPE!r}).model, vocab_size=400, dim=48)
+    return dataclasses.replace(runs.sft_recipe("rows", 64), model=model)
+"""
+
+
+def test_the_commands_of_fine_tuning(trained, tmp_path, capsys):
+    files = [
+        dialogs.write(tmp_path / f"{name}.jsonl", dialogs.dialogs(num, seed=num))
+        for name, num in (("train", 40), ("validation", 9))
+    ]
+    argv = ["data", "dialogs", "--train", str(files[0]), "--validation", str(files[1])]
+    argv += ["--tokenizer", str(trained.parent / "tokenizer.model")]
+    argv += ["--output", str(tmp_path / "rows"), "--row-length", "64"]
+    assert main([*argv, "--dry-run"]) == 0
+    assert not (tmp_path / "rows").exists()
+    assert main(argv) == 0
+    assert "rows, train: 40 dialogs" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "rows")]) == 0
+    assert "9 dialogs" in capsys.readouterr().out
+
+    (tmp_path / "tuning.py").write_text(TUNING)
+    argv = ["train", f"{tmp_path}/tuning.py:small", "--workdir", str(tmp_path / "run")]
+    argv += ["--data.paths", str(tmp_path / "rows"), "--init-from", str(trained)]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "512 tokens a step, 3 epochs" in capsys.readouterr().out
+    assert main([*argv, "--epochs", "1"]) == 0
+    assert "Talk to it: llama-jax chat" in capsys.readouterr().out
 
 
 def test_data_dry_runs_write_nothing(documents, tmp_path, capsys):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llama_jax.config.recipe import (
-    PretrainRecipe,
+    TrainingRecipe,
     differences,
     load_recipe,
     recipe_names,
@@ -16,7 +16,7 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.errors import ConfigError, RecipeError
 from llama_jax.model import num_params
-from llama_jax.train.pretrain import check_layout
+from llama_jax.train.layout import check_layout
 from tests import runs
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def test_there_are_recipes_for_every_size():
 @pytest.mark.parametrize("place", PLACES, ids=lambda p: str(Path(p).name))
 def test_recipe_resolves_and_fits(place):
     recipe = load_recipe(place)
-    assert isinstance(recipe, PretrainRecipe)
+    assert isinstance(recipe, TrainingRecipe)
     assert "GiB of state a device" in check_layout(recipe)
     json.dumps(to_json(recipe))
     if recipe.topology:
@@ -86,7 +86,7 @@ def test_places_that_name_no_recipe(tmp_path):
     with pytest.raises(RecipeError, match=r"Did you mean 'small'\?"):
         load_recipe(f"{ROOT}/configs/demo.py:smal")
     path = write(tmp_path, "def one():\n    return 1\n")
-    with pytest.raises(RecipeError, match="returned int, not a PretrainRecipe"):
+    with pytest.raises(RecipeError, match="returned int, which is no recipe"):
         load_recipe(f"{path}:one")
     path = write(tmp_path, "import nothing_of_this_name\n")
     with pytest.raises(RecipeError, match=r"ModuleNotFoundError: .*nothing_of_this"):

@@ -2,6 +2,7 @@ import jax
 import numpy as np
 
 from llama_jax.data.batch import batch_rows
+from llama_jax.data.prepared import record_type
 
 BOS = 1
 
@@ -22,6 +23,21 @@ def test_segments_begin_at_bos():
     row = np.array([4, 2, BOS, 5, 2, BOS, 6])
     batch = batch_rows([row], length=6, bos_id=BOS)
     np.testing.assert_array_equal(batch.segments, [[0, 0, 1, 1, 1, 2]])
+
+
+def test_of_dialogs_only_what_is_learnt_weighs():
+    dtype = record_type("dialogs", np.dtype("<u2"))
+    row = np.array(
+        [(BOS, 0, 1), (5, 0, 0), (6, 1, 0), (BOS, 0, 1), (BOS, 0, 0), (7, 1, 0)], dtype
+    )
+    batch = batch_rows([row, np.array([], int)], length=7, bos_id=BOS)
+    np.testing.assert_array_equal(batch.tokens[0], [1, 5, 6, 1, 1, 7, 0])
+    np.testing.assert_array_equal(batch.targets[0], [5, 6, 1, 1, 7, 0, 0])
+    np.testing.assert_array_equal(batch.weights[0], [0, 1, 0, 0, 1, 0, 0])
+    # A turn of a dialog opens with BOS too, and is no dialog of its own.
+    np.testing.assert_array_equal(batch.segments[0], [1, 1, 1, 2, 2, 2, 3])
+    assert batch.weights[1].sum() == 0
+    assert batch_rows([row], length=7).segments is None
 
 
 def test_a_batch_is_a_pytree():

@@ -34,7 +34,7 @@ def test_counts(prepared, tokenizer):
     assert split.text_bytes == sum(len(text.encode()) for text in documents)
     assert split.num_tokens == sum(map(len, encoded))
     assert split.num_targets == split.num_tokens - 2  # the first of each shard
-    assert split.num_dropped == split.num_skipped == 0
+    assert split.num_skipped == split.num_too_long == 0
     assert split.num_rows == len(prepared.rows("validation"))
 
 
@@ -43,8 +43,8 @@ def test_training_drops_the_tail_and_says_how_much(prepared):
     rows = read(prepared, "train")
     assert {len(row) for row in rows} == {LENGTH + 1}
     assert split.num_targets == len(rows) * LENGTH
-    assert split.num_dropped == split.num_tokens - len(split.shards) - split.num_targets
-    assert 0 < split.num_dropped < LENGTH * len(split.shards)
+    num_dropped = split.num_tokens - len(split.shards) - split.num_targets
+    assert 0 < num_dropped < LENGTH * len(split.shards)
 
 
 def test_what_is_written_is_read_again(prepared):
@@ -100,7 +100,7 @@ def test_ids_are_as_small_as_the_vocabulary_allows(prepared):
 
 
 def test_every_setting_is_recorded(prepared):
-    for field in ("tokenizer", "vocab_size", "bos_id", "row_length", "splits"):
+    for field in ("tokenizer", "vocab_size", "bos_id", "row_length", "splits", "kind"):
         changed = dataclasses.replace(
             prepared, **{field: {} if field == "splits" else "x"}
         )

@@ -240,7 +240,7 @@ def test_hosts_that_differ_are_told_at_start(recipe, data, tmp_path, what):
                 tmp_path / "rows", corpus.make_tokenizer(tmp_path), seed=5
             ).path
             programs = {
-                1: "from llama_jax.train import pretrain as p; opened = p.open_data\n"
+                1: "from llama_jax.train import run as p; opened = p.open_data\n"
                 "import dataclasses\n"
                 "p.open_data = lambda c: opened("
                 f"dataclasses.replace(c, paths=({str(rows)!r},)))\n{TRAIN}"

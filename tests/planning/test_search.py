@@ -9,7 +9,7 @@ from llama_jax.errors import PlanError
 from llama_jax.planning import report
 from llama_jax.planning.plan import resolve
 from llama_jax.planning.search import layouts, ranked, search
-from llama_jax.train.pretrain import check_layout
+from llama_jax.train.layout import check_layout
 from sharding import MeshConfig
 from tests import runs
 from tests.planning.recipes import POWER, V5P_128, changed, closed_form

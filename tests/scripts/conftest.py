@@ -16,7 +16,7 @@ def prepared_place(tmp_path_factory) -> Path:
 def place(prepared_place, tmp_path, monkeypatch) -> Path:
     """The working directory: what documents name is there, what they write is gone."""
     (tmp_path / "runs").mkdir()
-    for name in ("configs", "corpus", "llama-2-7b", "runs/demo"):
+    for name in ("configs", "corpus", "dialogs", "llama-2-7b", "runs/demo"):
         (tmp_path / name).symlink_to(prepared_place / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path

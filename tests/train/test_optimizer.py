@@ -29,6 +29,7 @@ def test_the_paper():
         "weight_decay": 0.1,
         "clip_norm": 1.0,
         "moments": "float32",
+        "warmup_fraction": 0.0,
     }
 
 
@@ -103,6 +104,15 @@ def test_three_steps_are_those_of_numpy(size):
     for name in params:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-5, atol=1e-6)
         assert np.abs(expected[name] - params[name]).max() > 0.05
+
+
+@pytest.mark.parametrize(("num_steps", "warmup"), [(1000, 30), (100, 5), (6, 5)])
+def test_the_warm_up_is_a_share_of_the_steps_or_more(num_steps, warmup):
+    """Of reward models: 3 % of the steps, at least five (section 3.2.2)."""
+    config = dataclasses.replace(PAPER, warmup_steps=5, warmup_fraction=0.03)
+    rates = [float(make_schedule(config, num_steps)(step)) for step in range(num_steps)]
+    assert rates.index(max(rates)) == warmup
+    assert max(rates) == pytest.approx(config.peak_lr)
 
 
 def test_weight_decay_is_for_matrices_not_for_norms():

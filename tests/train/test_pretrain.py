@@ -18,9 +18,10 @@ from llama_jax.config.recipe import load_recipe
 from llama_jax.data import ValidationData
 from llama_jax.errors import CheckpointError, ConfigError, DataError, TrainingError
 from llama_jax.train import loop
-from llama_jax.train import pretrain as pretraining
+from llama_jax.train import run as running
+from llama_jax.train.layout import check_layout
 from llama_jax.train.metrics import METRICS, read_metrics
-from llama_jax.train.pretrain import check_layout, pretrain
+from llama_jax.train.pretrain import pretrain
 from sharding import MeshConfig, ShardingError
 from tests import runs
 from tests.compilation import compiled_anew
@@ -336,7 +337,7 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(
 ):
     """SIGTERM comes inside the named work, for the first time that it is done."""
     owner, name = {
-        "compile": (pretraining, "make_train_step"),
+        "compile": (running, "make_train_step"),
         "validate": (loop, "validation_loss"),
         "save": (RunCheckpoints, "save"),
     }[moment]

@@ -1,0 +1,21 @@
+r"""Llama 2-Chat 13B of Llama 2 13B, as in the paper's section 3.
+
+llama-jax data dialogs --train DIALOGS.jsonl --tokenizer tokenizer.model \
+        --output data/sft
+llama-jax train configs/chat/llama2_13b.py:sft --init-from LLAMA2_13B \
+        --workdir gs://BUCKET/13b-sft
+"""
+
+from llama_jax.config import LlamaConfig
+from llama_jax.config.recipe import SftRecipe, paper_sft
+from sharding import MeshConfig
+
+
+def sft() -> SftRecipe:
+    """v5e-64: 64 chips, one row on each."""
+    return paper_sft(
+        LlamaConfig.llama2_13b(),
+        topology="v5e:8x8",
+        mesh=MeshConfig(fsdp=64),
+        remat="full",
+    )

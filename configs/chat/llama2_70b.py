@@ -1,0 +1,21 @@
+r"""Llama 2-Chat 70B of Llama 2 70B, as in the paper's section 3.
+
+llama-jax data dialogs --train DIALOGS.jsonl --tokenizer tokenizer.model \
+        --output data/sft
+llama-jax train configs/chat/llama2_70b.py:sft --init-from LLAMA2_70B \
+        --workdir gs://BUCKET/70b-sft
+"""
+
+from llama_jax.config import LlamaConfig
+from llama_jax.config.recipe import SftRecipe, paper_sft
+from sharding import MeshConfig
+
+
+def sft() -> SftRecipe:
+    """v5p-128: 64 chips, one row on each."""
+    return paper_sft(
+        LlamaConfig.llama2_70b(),
+        topology="v5p:4x4x4",
+        mesh=MeshConfig(fsdp=64),
+        remat="projections",
+    )

@@ -1,0 +1,247 @@
+"""A run of any stage, from the recipe to the last checkpoint."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import optax
+from etils import epath
+
+import llama_jax
+import sharding
+from llama_jax.build import ShardedLlama, build_for
+from llama_jax.checkpoint.manager import RunCheckpoints
+from llama_jax.checkpoint.params import TOKENIZER, place
+from llama_jax.config.recipe import TrainingRecipe, differences, to_json
+from llama_jax.conversion import open_checkpoint
+from llama_jax.conversion.proof import require_files
+from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
+from llama_jax.data.prepared import Kind
+from llama_jax.errors import CheckpointError, ConfigError, DataError
+from llama_jax.text import Tokenizer
+from llama_jax.train import faults, loop
+from llama_jax.train.layout import require_division
+from llama_jax.train.metrics import Record, Sink
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.state import (
+    TrainState,
+    abstract_state,
+    fresh_state,
+    from_items,
+    to_items,
+)
+from llama_jax.train.step import batch_sharding, make_eval_step, make_train_step
+from sharding import hosts, make_mesh
+
+_log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """What tells one kind of run from another.
+
+    Attributes:
+      name: for errors.
+      reads: what its data are made of.
+      needs_model: it goes on from a model, and makes no parameters of its own.
+    """
+
+    name: str
+    reads: Kind
+    needs_model: bool
+
+
+def run(
+    stage: Stage,
+    recipe: TrainingRecipe,
+    workdir: epath.PathLike,
+    *,
+    init_from: epath.PathLike | None,
+    profile: tuple[int, int] | None,
+    watch: Callable[[Record], None],
+) -> bool:
+    """Run a recipe of a stage, or go on with it: see `pretrain`."""
+    hosts.start(
+        heartbeat_seconds=recipe.train.heartbeat_seconds,
+        join_seconds=recipe.train.join_seconds,
+        lost_status=faults.EXIT_HOST_LOST,
+    )
+    hosts.cache_compilations()
+    with (
+        faults.shared_fate(),
+        faults.host_loss(),
+        faults.guard(recipe.train) as guard,
+    ):
+        return _run(stage, recipe, place(workdir), init_from, profile, watch, guard)
+
+
+def _run(
+    stage: Stage,
+    recipe: TrainingRecipe,
+    workdir: epath.Path,
+    init_from: epath.PathLike | None,
+    profile: tuple[int, int] | None,
+    watch: Callable[[Record], None],
+    guard: faults.Guard,
+) -> bool:
+    settings = recipe.train
+    sets = _agreed_data(stage, recipe, workdir=str(workdir), init_from=str(init_from))
+    mesh = make_mesh(recipe.mesh)
+    require_division(recipe, mesh)
+    sharded = build_for(recipe, mesh)
+    if settings.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"train.attention 'splash' is a kernel for TPUs, and this is "
+            f"{jax.default_backend()}: use --train.attention dot."
+        )
+    optimizer = make_optimizer(recipe.optimizer, settings.num_steps)
+    checkpoints = RunCheckpoints(
+        workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
+    )
+    with checkpoints, faults.host_loss(), faults.memory_advice(settings):
+        hosts.require_agreement(checkpoints=checkpoints.steps)
+        with hosts.failing_together():
+            _keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
+        state, position = _restore_or(
+            stage, init_from, recipe, sharded, optimizer, checkpoints, sets[0]
+        )
+        rows = batch_sharding(sharded)
+        share = {
+            "batch_size": settings.batch_size,
+            "host": jax.process_index(),
+            "num_hosts": jax.process_count(),
+        }
+        start_step = int(state.step)
+        with hosts.failing_together():
+            data = TrainingData(recipe.data, position=position, **share)
+            validation = ValidationData(recipe.data, **share)
+            sink = Sink(workdir, recipe, start_step=start_step, watch=watch)
+        with sink:
+            run = loop.Run(
+                recipe=recipe,
+                mesh=mesh,
+                train_step=make_train_step(
+                    sharded,
+                    optimizer,
+                    make_schedule(recipe.optimizer, settings.num_steps),
+                    accumulate=settings.accumulate,
+                    spike_norm=settings.spike_norm,
+                ),
+                eval_step=make_eval_step(sharded),
+                validation=lambda: (hosts.global_rows(b, rows) for b in validation),
+                checkpoints=checkpoints,
+                sink=sink,
+                guard=guard,
+                profile=profile,
+                profile_dir=str(workdir / "profile"),
+            )
+            batches = (hosts.global_rows(batch, rows) for batch in data)
+            return loop.train(run, state, batches, position)
+
+
+def _agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Prepared]:
+    """The data, opened; every host has the same, and they fit stage and model."""
+    problem, sets = "", list[Prepared]()
+    try:
+        sets = open_data(recipe.data)
+    except DataError as error:
+        problem = str(error)  # raised below, after all hosts have said what they see
+    hosts.require_agreement(
+        recipe=to_json(recipe),
+        data=[prepared.digest for prepared in sets] or problem,
+        code=_code_digest(),
+        **facts,
+    )
+    if problem:
+        raise DataError(problem)
+    for prepared in sets:
+        if prepared.kind != stage.reads:
+            raise DataError(
+                f"{prepared.path} holds {prepared.kind}, and {stage.name} reads "
+                f"{stage.reads}: choose other data, or a recipe of another stage."
+            )
+        if prepared.vocab_size > recipe.model.vocab_size:
+            raise DataError(
+                f"{prepared.path} was made with a tokenizer of {prepared.vocab_size} "
+                f"pieces, and model.vocab_size is {recipe.model.vocab_size}: some ids "
+                "would have no embedding. Prepare the data with the model's tokenizer."
+            )
+    return sets
+
+
+def _code_digest() -> str:
+    """Of the versions and of every source file: one host may have been forgotten."""
+    digest = hashlib.sha256(f"{llama_jax.__version__} {jax.__version__}".encode())
+    for package in (llama_jax, sharding):
+        for path in sorted(Path(package.__path__[0]).rglob("*.py")):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def _keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> None:
+    """Put the tokenizer of the data beside the checkpoints; the first host does."""
+    if jax.process_index() != 0:
+        return
+    kept, source = workdir / TOKENIZER, data.path / TOKENIZER
+    try:
+        content = source.read_bytes()
+        if resumed and kept.exists() and kept.read_bytes() != content:
+            raise CheckpointError(
+                f"{workdir} holds a run with another tokenizer than {data.path}: its "
+                "ids mean other text. Use another --workdir."
+            )
+        kept.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{kept} cannot be written: {error}.") from error
+
+
+def _restore_or(
+    stage: Stage,
+    init_from: epath.PathLike | None,
+    recipe: TrainingRecipe,
+    sharded: ShardedLlama,
+    optimizer: optax.GradientTransformation,
+    checkpoints: RunCheckpoints,
+    data: Prepared,
+) -> tuple[TrainState, int]:
+    """Resume, else warm start, else fresh parameters; and the place in the data."""
+    restored = checkpoints.restore(
+        to_items(abstract_state(sharded, optimizer)),
+        recipe,
+        on_damaged=recipe.train.on_damaged_checkpoint,
+    )
+    if restored is not None:
+        items, position = restored
+        state = from_items(items)
+        _log.info("Going on from step %d.", int(state.step))
+        return state, position
+    if init_from is None and stage.needs_model:
+        raise CheckpointError(
+            f"{stage.name} goes on from a model: give its checkpoint with --init-from."
+        )
+    if init_from is None:
+        return fresh_state(sharded, optimizer, sharded.init(recipe.train.seed)), 0
+    source = open_checkpoint(init_from, max_length=recipe.model.max_length)
+    require_files(source)
+    other = {
+        field: change
+        for field, change in differences(
+            to_json(recipe) | {"model": dataclasses.asdict(source.config)}, recipe
+        ).items()
+        if field != "model.max_length"  # a longer context is a usual second phase
+    }
+    if other:
+        raise CheckpointError(
+            f"{init_from} is of another model than the recipe: "
+            + "; ".join(f"{field} is {change}" for field, change in other.items())
+            + ". Use a recipe of its sizes."
+        )
+    if source.tokenizer_path is not None:
+        data.require_tokenizer(Tokenizer(source.tokenizer_path).digest)
+    params = source.load(sharded.param_shardings, dtype=jnp.dtype("float32"))
+    _log.info("Beginning with the parameters of %s.", init_from)
+    return fresh_state(sharded, optimizer, params), 0

@@ -1,0 +1,158 @@
+"""Supervised fine-tuning: what is learnt, from where it begins, for how long."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.build import build
+from llama_jax.checkpoint.params import save_params
+from llama_jax.config import LlamaConfig
+from llama_jax.config.recipe import SftRecipe, paper_sft
+from llama_jax.errors import CheckpointError, ConfigError, DataError
+from llama_jax.finetune.sft import sft, with_steps
+from llama_jax.text import encode_example
+from llama_jax.train.metrics import METRICS, read_metrics
+from llama_jax.train.pretrain import pretrain
+from sharding import MeshConfig, make_mesh, training_rules
+from tests import runs
+from tests.data import corpus
+from tests.data.dialogs import LENGTH, dialogs, prepare_chats
+from tests.parity import tolerances
+
+MESH = MeshConfig(fsdp=4, tensor=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return corpus.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory, tokenizer):
+    return prepare_chats(tmp_path_factory.mktemp("chats"), tokenizer, num=200)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, tokenizer):
+    """A model that nobody trained, with its tokenizer."""
+    path = tmp_path_factory.mktemp("base") / "params"
+    config = runs.recipe("data").model
+    rules = training_rules(sequence_parallel=False)
+    model = build(config, make_mesh(MESH), rules, dtype="float32", remat="none")
+    save_params(path, model.init(seed=3), config, tokenizer)
+    return path
+
+
+def recipe(data, **changes) -> SftRecipe:
+    return dataclasses.replace(runs.sft_recipe(data.path, LENGTH), **changes)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, chats, base):
+    workdir = tmp_path_factory.mktemp("whole")
+    assert sft(recipe(chats), workdir, init_from=base)
+    return workdir
+
+
+def validation_losses(workdir) -> list[float]:
+    records = read_metrics(workdir / METRICS)
+    return [r["validation_loss"] for r in records if "validation_loss" in r]
+
+
+def test_a_base_model_learns_to_answer_and_to_stop(whole):
+    losses = validation_losses(whole)
+    assert losses[-1] < 0.7 * losses[0], losses
+    answer = llama_jax.load(whole).chat(
+        [{"role": "user", "content": "ba"}], sampler=llama_jax.Greedy()
+    )
+    assert answer.finish_reason == "stop"
+    assert set(answer.text.split()) <= set(corpus.WORDS)
+
+
+def test_the_loss_is_that_of_answers_each_dialog_by_itself(whole, tokenizer, chats):
+    """Packed rows against every dialog alone, in the reference's float64."""
+    llm = llama_jax.load(whole)
+    total = count = 0.0
+    for dialog in dialogs(10, seed=1):
+        tokens, learnt = map(np.array, encode_example(tokenizer, dialog))
+        logits = llm.logits(tokens[None])[0].astype(np.float64)
+        normaliser = np.log(np.exp(logits).sum(-1))
+        surprise = normaliser[:-1] - logits[np.arange(len(tokens) - 1), tokens[1:]]
+        total += surprise[learnt[1:]].sum()
+        count += learnt.sum()
+    assert count == chats.splits["validation"].num_targets
+    told = validation_losses(whole)[-1]
+    assert told == pytest.approx(total / count, abs=tolerances.ORDER_LOSS)
+
+
+def test_epochs_become_steps(whole, chats):
+    num_rows = chats.splits["train"].num_rows
+    resolved = with_steps(recipe(chats))
+    assert resolved.train.num_steps == math.ceil(3 * num_rows / 8) > 8
+    assert with_steps(resolved) == resolved
+    last = read_metrics(whole / METRICS)[-1]["step"]
+    assert last == resolved.train.num_steps
+    saved = whole / "checkpoints" / str(last) / "recipe" / "metadata"
+    assert json.loads(saved.read_text())["train"]["num_steps"] == last
+
+
+def test_stopped_and_resumed_is_bit_exact(whole, chats, base, tmp_path):
+    def stop(record):
+        if record["step"] == 5 and "loss" in record:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert not sft(recipe(chats), tmp_path, init_from=base, watch=stop)
+    assert sft(recipe(chats), tmp_path)
+    last = read_metrics(whole / METRICS)[-1]["step"]
+    for item in ("params", "optimizer"):
+        runs.require_equal(
+            runs.saved(tmp_path, last, item), runs.saved(whole, last, item)
+        )
+
+
+def test_it_needs_a_model(chats, tmp_path):
+    with pytest.raises(CheckpointError, match=r"fine-tuning goes on from a model: .*"):
+        sft(recipe(chats), tmp_path)
+
+
+def test_each_stage_refuses_the_data_of_the_other(chats, tokenizer, base, tmp_path):
+    pretraining = runs.changed(
+        runs.recipe(chats.path, mesh=MESH), "data", sequence_length=LENGTH
+    )
+    with pytest.raises(DataError, match="holds dialogs, and pretraining reads docum"):
+        pretrain(pretraining, tmp_path / "run")
+    documents = corpus.prepare_corpus(tmp_path / "rows", tokenizer)
+    tuning = recipe(documents)
+    tuning = runs.changed(tuning, "data", sequence_length=corpus.LENGTH)
+    with pytest.raises(DataError, match=r"holds documents, and supervised fine-tuning"):
+        sft(tuning, tmp_path / "run", init_from=base)
+
+
+@pytest.mark.parametrize("epochs, steps", [(None, 0), (1, 10)])
+def test_steps_or_epochs(chats, epochs, steps):
+    train = dataclasses.replace(recipe(chats).train, num_steps=steps)
+    with pytest.raises(ConfigError, match="give the one, and None or 0 for the other"):
+        recipe(chats, epochs=epochs, train=train)
+    with pytest.raises(ConfigError, match="epochs is 0: it has to be positive"):
+        recipe(chats, epochs=0)
+
+
+def test_pretraining_counts_steps(chats):
+    with pytest.raises(ConfigError, match=r"train.num_steps is 0: pretraining has no"):
+        runs.changed(runs.recipe(chats.path), "train", num_steps=0)
+
+
+def test_the_papers_numbers():
+    made = paper_sft(
+        LlamaConfig.llama2_7b(), topology="v5e:8x8", mesh=MESH, remat="full"
+    )
+    optimizer = made.optimizer
+    assert (optimizer.peak_lr, optimizer.weight_decay) == (2e-5, 0.1)
+    assert (made.train.batch_size, made.data.sequence_length) == (64, 4096)
+    assert made.epochs == 2 and made.data.segments
