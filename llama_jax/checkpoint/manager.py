@@ -25,6 +25,7 @@ from llama_jax.checkpoint.params import (
     first_line,
     in_chunks,
     open_orbax,
+    uncompressed,
 )
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import TrainingRecipe, differences, to_json
@@ -54,6 +55,9 @@ class RunCheckpoints:
         self, workdir: epath.PathLike, *, keep_latest: int, keep_period: int
     ) -> None:
         self._directory = absolute(epath.Path(workdir)) / CHECKPOINTS
+        registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+        for item in ("params", "optimizer"):
+            registry.add(item, ocp.args.PyTreeSave, uncompressed())
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
@@ -62,7 +66,7 @@ class RunCheckpoints:
                     keep_period=keep_period or None,
                     enable_async_checkpointing=True,
                 ),
-                item_names=("params", "optimizer", "data", "recipe"),
+                handler_registry=registry,
             )
         except OSError as error:
             raise CheckpointError(
@@ -116,7 +120,7 @@ class RunCheckpoints:
                 step,
                 args=ocp.args.Composite(
                     params=in_chunks(state["params"]),
-                    optimizer=ocp.args.StandardSave(state["optimizer"]),
+                    optimizer=ocp.args.PyTreeSave(state["optimizer"]),
                     data=ocp.args.JsonSave({"position": position}),
                     recipe=ocp.args.JsonSave(to_json(recipe)),
                 ),

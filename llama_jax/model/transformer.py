@@ -278,8 +278,9 @@ class Llama(nn.Module):
             )
             return update
 
-        with jax.named_scope("blocks"), matmul_precision(self.dtype):
-            x_BTD = depth.run(block, self.blocks, x_BTD, remat=self.remat)
+        if not self.is_initializing():  # what makes parameters need not run them
+            with jax.named_scope("blocks"), matmul_precision(self.dtype):
+                x_BTD = depth.run(block, self.blocks, x_BTD, remat=self.remat)
         return self.constrain(self.final_norm(x_BTD), axes.BATCH, axes.SEQUENCE, None)
 
     def unembed(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:

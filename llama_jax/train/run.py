@@ -91,13 +91,13 @@ def _run(
     settings = recipe.train
     sets = _agreed_data(stage, recipe, workdir=str(workdir), init_from=str(init_from))
     mesh = make_mesh(recipe.mesh)
-    require_division(recipe, mesh)
-    sharded = build_for(recipe, mesh)
     if settings.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
             f"train.attention 'splash' is a kernel for TPUs, and this is "
             f"{jax.default_backend()}: use --train.attention dot."
         )
+    require_division(recipe, mesh)
+    sharded = build_for(recipe, mesh)
     optimizer = make_optimizer(recipe.optimizer, settings.num_steps)
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
