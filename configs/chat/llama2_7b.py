@@ -1,9 +1,11 @@
 r"""Llama 2-Chat 7B of Llama 2 7B, as in the paper's section 3.
 
-llama-jax data dialogs --train DIALOGS.jsonl --tokenizer tokenizer.model \
-        --output data/sft
-llama-jax train configs/chat/llama2_7b.py:sft --init-from LLAMA2_7B \
+    llama-jax data dialogs --train DIALOGS.jsonl --validation HELD_OUT.jsonl \
+        --tokenizer tokenizer.model --output data/sft
+    llama-jax train configs/chat/llama2_7b.py:sft --init-from LLAMA2_7B \
         --workdir gs://BUCKET/7b-sft
+
+docs/chat.md says what each stage needs.
 """
 
 from llama_jax.config import LlamaConfig

@@ -28,7 +28,12 @@ from llama_jax.checkpoint.params import (
     uncompressed,
 )
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import TrainingRecipe, differences, to_json
+from llama_jax.config.recipe import (
+    PretrainRecipe,
+    TrainingRecipe,
+    differences,
+    to_json,
+)
 from llama_jax.errors import CheckpointError
 from sharding import hosts
 
@@ -37,7 +42,7 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 # Fields that a resumed run may not change: the saved arrays would mean something else.
-_FIXED = ("model.",)
+_FIXED = ("model.", "stage")
 # A tree of arrays split in two, so that parameters can be read without the rest.
 State = Mapping[str, Any]
 
@@ -214,11 +219,13 @@ class RunCheckpoints:
         return state, position
 
     def _require_same_model(self, step: int, recipe: TrainingRecipe) -> None:
-        changed = differences(saved_recipe(self._directory / str(step)), recipe)
+        saved = saved_recipe(self._directory / str(step))
+        # Before there was another stage, none was written down.
+        changed = differences({"stage": PretrainRecipe.stage, **saved}, recipe)
         fatal = {k: v for k, v in changed.items() if k.startswith(_FIXED)}
         if fatal:
             raise CheckpointError(
-                f"step {step} in {self._directory} is of another model: "
+                f"step {step} in {self._directory} is of another model or stage: "
                 f"{_listed(fatal)}. Use the recipe it was made with, or another "
                 "--workdir."
             )

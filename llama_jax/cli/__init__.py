@@ -21,7 +21,7 @@ usage: llama-jax COMMAND ...
   chat CHECKPOINT         talk with a model
   convert SOURCE TARGET   a checkpoint in Meta's, Hugging Face's or this format
   inspect PATH            what is this: format, sizes, dtype, integrity
-  data STEP               text to a tokenizer, text to rows of tokens
+  data STEP               text to a tokenizer, text or dialogs to rows of tokens
 
 `llama-jax COMMAND --help` lists the options of one; every command has --dry-run.
 """

@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import TrainingRecipe, load_recipe, to_json
+from llama_jax.config.recipe import SftRecipe, TrainingRecipe, load_recipe, to_json
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import PlanError
 from llama_jax.planning import report
@@ -147,7 +147,10 @@ def run(argv: Sequence[str]) -> int:
     if options.plot is not None:
         require_matplotlib()
     _leave_devices_alone()
-    recipe = dataclasses.replace(written, **vars(options.fields))
+    fields = vars(options.fields)
+    if isinstance(written, SftRecipe) and options.fields.train.num_steps:
+        fields["epochs"] = None
+    recipe = dataclasses.replace(written, **fields)
     if options.decode:
         return _decode(options, recipe)
     recipe, topology = resolve(recipe, options.topology, options.slices)

@@ -16,12 +16,14 @@ from llama_jax.config.recipe import (
     load_recipe,
     to_json,
 )
-from llama_jax.errors import RecipeError
-from llama_jax.finetune.sft import sft, with_steps
+from llama_jax.data import open_data
+from llama_jax.errors import DataError, RecipeError
+from llama_jax.finetune.sft import sft
 from llama_jax.model.count import num_params
 from llama_jax.train.faults import EXIT_PREEMPTED
 from llama_jax.train.layout import check_layout
 from llama_jax.train.pretrain import pretrain
+from llama_jax.train.run import num_training_rows
 
 _USAGE = """\
 usage: llama-jax train RECIPE [options]
@@ -68,7 +70,7 @@ def run(argv: Sequence[str]) -> int:
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     default = load_recipe(argv[0])
-    offered, train = _STAGES[type(default)]
+    offered, train = _stage(default)
     options: Options[Any] = tyro.cli(
         offered,
         args=argv,
@@ -85,9 +87,7 @@ def run(argv: Sequence[str]) -> int:
             f"{check_layout(recipe)}"
         )
         return 0
-    if isinstance(recipe, SftRecipe):
-        recipe = with_steps(recipe)
-    with training_progress(recipe.train.num_steps) as watch:
+    with training_progress(_num_steps(recipe)) as watch:
         finished = train(
             recipe,
             options.workdir,
@@ -105,11 +105,30 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _num_steps(recipe: TrainingRecipe) -> int:
+    """For the bar. What is wrong with the data the run will say, on all hosts."""
+    if recipe.train.num_steps:
+        return recipe.train.num_steps
+    try:
+        num_rows = num_training_rows(open_data(recipe.data))
+    except (DataError, KeyError):
+        return 0
+    return recipe.with_steps(num_rows).train.num_steps
+
+
 def _tokens(recipe: TrainingRecipe) -> str:
     a_step = recipe.train.batch_size * recipe.data.sequence_length
     if isinstance(recipe, SftRecipe) and recipe.epochs is not None:
         return f"{a_step:,} tokens a step, {recipe.epochs} epochs"
     return f"{a_step:,} tokens a step, {a_step * recipe.train.num_steps:,} in all"
+
+
+def _stage(recipe: TrainingRecipe) -> tuple[Any, Callable[..., bool]]:
+    for kind, stage in _STAGES.items():
+        if isinstance(recipe, kind):
+            return stage
+    kinds = ", ".join(kind.__name__ for kind in _STAGES)
+    raise RecipeError(f"{type(recipe).__name__} has no stage: return one of {kinds}.")
 
 
 def _first_and_last(steps: str | None) -> tuple[int, int] | None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from llama_jax.config.data import DataConfig
 from llama_jax.config.model import LlamaConfig
@@ -24,6 +24,7 @@ class TrainingRecipe:
     """What the recipes of all stages have that take one step after the other.
 
     Attributes:
+      stage: what the recipe is for, in words; the class says it.
       model: the architecture.
       data: what is read.
       optimizer: AdamW and its schedule.
@@ -37,6 +38,8 @@ class TrainingRecipe:
       ConfigError: sequences longer than the model, a vocabulary that
         `train.loss_chunks` does not divide, or a `train.remat` of more layers.
     """
+
+    stage: ClassVar[str]
 
     model: LlamaConfig
     data: DataConfig
@@ -77,6 +80,11 @@ class TrainingRecipe:
             return None
         return math.prod(_topology_sizes(self.topology)) * self.mesh.num_slices
 
+    def with_steps(self, num_rows: int) -> Self:
+        """The recipe with its steps counted, where so many training rows say them."""
+        del num_rows
+        return self
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainRecipe(TrainingRecipe):
@@ -85,6 +93,8 @@ class PretrainRecipe(TrainingRecipe):
     Raises:
       ConfigError: as `TrainingRecipe`, or no steps.
     """
+
+    stage = "pretraining"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -99,13 +109,19 @@ class PretrainRecipe(TrainingRecipe):
 class SftRecipe(TrainingRecipe):
     """Supervised fine-tuning on dialogs (section 3.1): a chat model of a base model.
 
+    Dialogs that share a row see each other unless `data.segments` is set.
+
     Attributes:
-      epochs: passes over the training rows; `train.num_steps` is then 0, and becomes
-        what they need when the data are opened. None if the steps are given.
+      epochs: passes over the training rows of one data set; `train.num_steps` is then
+        0, and becomes what they need when the data are opened. None if the steps are
+        given.
 
     Raises:
-      ConfigError: as `TrainingRecipe`, or neither steps nor epochs, or both.
+      ConfigError: as `TrainingRecipe`; neither steps nor epochs, or both; or epochs of
+        several data sets, which are drawn from by weight.
     """
+
+    stage = "supervised fine-tuning"
 
     epochs: int | None
 
@@ -118,8 +134,14 @@ class SftRecipe(TrainingRecipe):
                 f"epochs is {self.epochs} and train.num_steps {self.train.num_steps}: "
                 "give the one, and None or 0 for the other."
             )
+        if self.epochs is not None and len(self.data.paths) > 1:
+            raise ConfigError(
+                f"epochs is {self.epochs}, and data.paths are {len(self.data.paths)}, "
+                "which are drawn from by data.weights and do not end together: give "
+                "train.num_steps, and None for epochs."
+            )
 
-    def with_steps(self, num_rows: int) -> "SftRecipe":
+    def with_steps(self, num_rows: int) -> Self:
         """The recipe with the steps that its epochs of so many rows need."""
         if self.epochs is None:
             return self
@@ -285,8 +307,8 @@ def recipe_names(path: Path) -> list[str]:
 
 
 def to_json(recipe: TrainingRecipe) -> dict[str, Any]:
-    """The resolved recipe, for keeping beside checkpoints."""
-    return dataclasses.asdict(recipe)
+    """The resolved recipe and its stage, for keeping beside checkpoints."""
+    return {"stage": type(recipe).stage, **dataclasses.asdict(recipe)}
 
 
 def differences(saved: Mapping[str, Any], recipe: TrainingRecipe) -> dict[str, str]:

@@ -51,6 +51,9 @@ def pack_whole(
         elif len(open_rows) == _OPEN_ROWS:
             yield open_rows.pop(0)[1]
         row.append(example)
+        if room == size:
+            yield row
+            continue
         bisect.insort(open_rows, (room - size, row), key=lambda row: row[0])
     for _, row in open_rows:
         yield row

@@ -199,7 +199,12 @@ def write_dialog_shard(
                 num_too_long += 1
                 continue
             num_dialogs += 1
-            text_bytes += sum(len(m["content"].encode("utf-8")) for m in messages)
+            answers = messages[-1:] if learn == "last" else messages
+            text_bytes += sum(
+                len(message["content"].encode("utf-8"))
+                for message in answers
+                if message["role"] == "assistant"
+            )
             num_tokens += len(example.tokens)
             num_targets += sum(example.loss_mask)
             yield example
@@ -211,8 +216,8 @@ def write_dialog_shard(
     if not num_dialogs:
         raise DataError(
             f"{dialogs.name} holds no dialogs that fit a row of {row_length} tokens "
-            f"({num_too_long} are longer, {dialogs.num_skipped} rows were skipped): "
-            "leave it out, or make rows longer."
+            f"({num_too_long} are longer, {dialogs.num_skipped} lines were skipped): "
+            "leave it out, give it dialogs, or make rows longer."
         )
     return rows.shard(
         source=dialogs.name,

@@ -42,8 +42,8 @@ class Shard:
       num_rows: records.
       num_documents: documents or dialogs in the rows.
       num_skipped: rows of the source that held no usable text.
-      text_bytes: UTF-8 of the documents, without BOS and EOS; of dialogs, of what is
-        said in them.
+      text_bytes: UTF-8 of the documents, without BOS and EOS; of dialogs, of the
+        answers that are learnt.
       num_tokens: of the documents, BOS and EOS included; of the dialogs.
       num_targets: tokens that its rows teach. Of documents, all but the first, and but
         those left over in a split whose tail is dropped; of dialogs, those learnt.

@@ -81,7 +81,7 @@ class _Rows(abc.ABC, Generic[_Item]):
                     kind = DataError if isinstance(error, _BadRowError) else DialogError
                     raise kind(
                         f"{place}: {str(error).rstrip('.')}. Mend it, or leave such "
-                        "rows out, counted, with on_error='skip'."
+                        "rows out, counted, with on_error='skip' in Python."
                     ) from None
                 self.num_skipped += 1
             else:
@@ -201,8 +201,11 @@ class DialogLines(_Lines[Dialog]):
                 f"the field 'messages' is {type(messages).__name__}, not a list"
             )
         require_example(messages)
-        for message in messages:
-            _usable(message["content"])
+        for number, message in enumerate(messages, start=1):
+            try:
+                _usable(message["content"])
+            except _BadRowError as error:
+                raise _BadRowError(f"message {number}: {error}") from None
         return Dialog(messages, learn)
 
 

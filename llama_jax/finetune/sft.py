@@ -5,12 +5,10 @@ from collections.abc import Callable
 from etils import epath
 
 from llama_jax.config.recipe import SftRecipe
-from llama_jax.data import open_data
-from llama_jax.data.prepare import TRAIN
 from llama_jax.train.metrics import Record
 from llama_jax.train.run import Stage, run
 
-_STAGE = Stage("supervised fine-tuning", reads="dialogs", needs_model=True)
+_STAGE = Stage(reads="dialogs", needs_model=True)
 
 
 def sft(
@@ -32,22 +30,5 @@ def sft(
       DataError: the data are documents, not dialogs.
     """
     return run(
-        _STAGE,
-        with_steps(recipe),
-        workdir,
-        init_from=init_from,
-        profile=profile,
-        watch=watch,
+        _STAGE, recipe, workdir, init_from=init_from, profile=profile, watch=watch
     )
-
-
-def with_steps(recipe: SftRecipe) -> SftRecipe:
-    """The recipe with the steps that its epochs need.
-
-    Raises:
-      DataError: the data are missing, damaged or do not fit; see `data.open_data`.
-    """
-    if recipe.epochs is None:
-        return recipe
-    sets = open_data(recipe.data)
-    return recipe.with_steps(sum(data.splits[TRAIN].num_rows for data in sets))

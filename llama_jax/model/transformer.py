@@ -210,7 +210,8 @@ class Llama(nn.Module):
 
     Functional: `Llama(config).init(rng, tokens)` gives `{"params": ...}`, and
     `Llama(config).apply({"params": params}, tokens)` the logits. Methods are chosen
-    with `apply(..., method="hidden")`.
+    with `apply(..., method="hidden")`. While parameters are made the blocks do not
+    run, so what `init_with_output` gives beside them means nothing.
 
     Attributes:
       config: the architecture.

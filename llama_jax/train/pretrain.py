@@ -8,7 +8,7 @@ from llama_jax.config.recipe import PretrainRecipe
 from llama_jax.train.metrics import Record
 from llama_jax.train.run import Stage, run
 
-_STAGE = Stage("pretraining", reads="documents", needs_model=False)
+_STAGE = Stage(reads="documents", needs_model=False)
 
 
 def pretrain(

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,6 +20,7 @@ from llama_jax.config.recipe import TrainingRecipe, differences, to_json
 from llama_jax.conversion import open_checkpoint
 from llama_jax.conversion.proof import require_files
 from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
+from llama_jax.data.prepare import TRAIN
 from llama_jax.data.prepared import Kind
 from llama_jax.errors import CheckpointError, ConfigError, DataError
 from llama_jax.text import Tokenizer
@@ -45,12 +46,10 @@ class Stage:
     """What tells one kind of run from another.
 
     Attributes:
-      name: for errors.
       reads: what its data are made of.
       needs_model: it goes on from a model, and makes no parameters of its own.
     """
 
-    name: str
     reads: Kind
     needs_model: bool
 
@@ -88,8 +87,9 @@ def _run(
     watch: Callable[[Record], None],
     guard: faults.Guard,
 ) -> bool:
-    settings = recipe.train
     sets = _agreed_data(stage, recipe, workdir=str(workdir), init_from=str(init_from))
+    recipe = recipe.with_steps(num_training_rows(sets))
+    guard.settings = settings = recipe.train
     mesh = make_mesh(recipe.mesh)
     if settings.attention == "splash" and jax.default_backend() != "tpu":
         raise ConfigError(
@@ -161,9 +161,16 @@ def _agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Pre
     for prepared in sets:
         if prepared.kind != stage.reads:
             raise DataError(
-                f"{prepared.path} holds {prepared.kind}, and {stage.name} reads "
+                f"{prepared.path} holds {prepared.kind}, and {recipe.stage} reads "
                 f"{stage.reads}: choose other data, or a recipe of another stage."
             )
+        for split in (TRAIN, recipe.data.validation_split):
+            if split not in prepared.splits:
+                raise DataError(
+                    f"{prepared.path} has no split {split!r}: it has "
+                    f"{', '.join(map(repr, prepared.splits))}. Prepare it with both, "
+                    "one to train on and one held out."
+                )
         if prepared.vocab_size > recipe.model.vocab_size:
             raise DataError(
                 f"{prepared.path} was made with a tokenizer of {prepared.vocab_size} "
@@ -171,6 +178,11 @@ def _agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Pre
                 "would have no embedding. Prepare the data with the model's tokenizer."
             )
     return sets
+
+
+def num_training_rows(sets: Sequence[Prepared]) -> int:
+    """Rows to train on, of all data sets."""
+    return sum(prepared.splits[TRAIN].num_rows for prepared in sets)
 
 
 def _code_digest() -> str:
@@ -221,7 +233,8 @@ def _restore_or(
         return state, position
     if init_from is None and stage.needs_model:
         raise CheckpointError(
-            f"{stage.name} goes on from a model: give its checkpoint with --init-from."
+            f"{recipe.stage} goes on from a model: give its checkpoint with "
+            "--init-from."
         )
     if init_from is None:
         return fresh_state(sharded, optimizer, sharded.init(recipe.train.seed)), 0

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from llama_jax.build import build
+from llama_jax.checkpoint.arrays import Arrays
 from llama_jax.checkpoint.params import ARCHITECTURE, open_params, save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.errors import CheckpointError
@@ -60,6 +61,11 @@ def test_round_trip_is_exact_on_any_mesh(saved, params, mesh, num_devices):
         jax.tree.leaves(loaded), jax.tree.leaves(sharded.param_shardings), strict=True
     ):
         assert leaf.sharding == sharding
+
+
+def test_what_is_saved_is_not_compressed(saved):
+    stored = Arrays(saved / "params").open("blocks.mlp.up").spec().to_json()
+    assert stored["metadata"]["compressor"] is None
 
 
 def test_loads_in_another_type(saved, params):

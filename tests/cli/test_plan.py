@@ -20,6 +20,16 @@ def test_a_recipe_that_fits(capsys):
     assert "Predicted for 2e+12 tokens" in said
 
 
+def test_days_of_a_recipe_that_counts_epochs(capsys):
+    """The data would say how many steps they are; or the command line does."""
+    tuning = V5P_64.replace("pretrain", "chat").rpartition(":")[0] + ":sft"
+    assert main(["plan", tuning]) == 0
+    said = capsys.readouterr().out
+    assert "s a step" in said and "Predicted for" not in said
+    assert main(["plan", tuning, "--train.num-steps", "1000"]) == 0
+    assert "tokens in 1,000 steps" in capsys.readouterr().out
+
+
 def test_a_recipe_that_does_not_fit(capsys):
     argv = ["plan", V5P_64, "--train.remat", "none", "--train.batch-size", "1024"]
     assert main(argv) == 1

@@ -84,14 +84,14 @@ class TestSource:
 
 
 def test_rows_hold_each_dialog_whole_and_mark_what_is_learnt(chats, tokenizer):
-    wanted = {tuple(encode_example(tokenizer, d).tokens) for d in dialogs(60)}
+    wanted = [encode_example(tokenizer, dialog) for dialog in dialogs(60)]
     num_learnt = 0
     for row in chats.rows("train"):
         assert len(row) <= LENGTH + 1
         starts = np.flatnonzero(row["is_first"])
         assert starts[0] == 0
         for part in np.split(row, starts[1:]):
-            assert tuple(part["id"]) in wanted
+            assert (part["id"].tolist(), part["is_learnt"].tolist()) in wanted
         num_learnt += row["is_learnt"].sum()
     split = chats.splits["train"]
     assert split.num_targets == num_learnt > 0
@@ -100,6 +100,8 @@ def test_rows_hold_each_dialog_whole_and_mark_what_is_learnt(chats, tokenizer):
         len(encode_example(tokenizer, d).tokens) for d in dialogs(60)
     )
     assert split.num_too_long == split.num_skipped == 0
+    answers = [m["content"] for d in dialogs(60) for m in d if m["role"] == "assistant"]
+    assert split.text_bytes == len("".join(answers))
 
 
 def test_the_last_answer_alone(tmp_path, tokenizer):

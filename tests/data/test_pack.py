@@ -47,5 +47,7 @@ def test_rows_are_nearly_full():
 
 
 def test_a_full_row_does_not_wait_for_more():
-    rows = pack_whole((example(i, 9) for i in range(10**9)), row_length=8)
+    examples = (example(i, 9) for i in range(9))
+    rows = pack_whole(examples, row_length=8)
     assert [next(rows)[0].tokens[0] for _ in range(3)] == [0, 1, 2]
+    assert next(examples).tokens[0] == 3

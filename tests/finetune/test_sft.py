@@ -14,15 +14,16 @@ from llama_jax.build import build
 from llama_jax.checkpoint.params import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import SftRecipe, paper_sft
+from llama_jax.data import DialogLines, prepare_dialogs
 from llama_jax.errors import CheckpointError, ConfigError, DataError
-from llama_jax.finetune.sft import sft, with_steps
+from llama_jax.finetune.sft import sft
 from llama_jax.text import encode_example
 from llama_jax.train.metrics import METRICS, read_metrics
 from llama_jax.train.pretrain import pretrain
 from sharding import MeshConfig, make_mesh, training_rules
 from tests import runs
 from tests.data import corpus
-from tests.data.dialogs import LENGTH, dialogs, prepare_chats
+from tests.data.dialogs import LENGTH, dialogs, prepare_chats, write
 from tests.parity import tolerances
 
 MESH = MeshConfig(fsdp=4, tensor=2)
@@ -93,9 +94,9 @@ def test_the_loss_is_that_of_answers_each_dialog_by_itself(whole, tokenizer, cha
 
 def test_epochs_become_steps(whole, chats):
     num_rows = chats.splits["train"].num_rows
-    resolved = with_steps(recipe(chats))
+    resolved = recipe(chats).with_steps(num_rows)
     assert resolved.train.num_steps == math.ceil(3 * num_rows / 8) > 8
-    assert with_steps(resolved) == resolved
+    assert resolved.with_steps(1) == resolved
     last = read_metrics(whole / METRICS)[-1]["step"]
     assert last == resolved.train.num_steps
     saved = whole / "checkpoints" / str(last) / "recipe" / "metadata"
@@ -121,6 +122,25 @@ def test_it_needs_a_model(chats, tmp_path):
         sft(recipe(chats), tmp_path)
 
 
+def test_a_run_of_another_stage_is_not_gone_on_with(whole, chats, tokenizer, tmp_path):
+    documents = corpus.prepare_corpus(tmp_path / "rows", tokenizer)
+    pretraining = runs.recipe(documents.path, mesh=MESH)
+    with pytest.raises(CheckpointError, match=r"stage was supervised .*, now pretr"):
+        pretrain(pretraining, whole)
+    assert pretrain(runs.changed(pretraining, "train", num_steps=1), tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"stage was pretraining, now supervised"):
+        sft(recipe(chats), tmp_path / "run", init_from=whole)
+
+
+def test_something_has_to_be_held_out(tokenizer, base, tmp_path):
+    file = write(tmp_path / "a.jsonl", dialogs(40))
+    prepared = prepare_dialogs(
+        {"train": [DialogLines(file)]}, tokenizer, tmp_path / "rows", row_length=LENGTH
+    )
+    with pytest.raises(DataError, match=r"has no split 'validation': it has 'train'"):
+        sft(recipe(prepared), tmp_path / "run", init_from=base)
+
+
 def test_each_stage_refuses_the_data_of_the_other(chats, tokenizer, base, tmp_path):
     pretraining = runs.changed(
         runs.recipe(chats.path, mesh=MESH), "data", sequence_length=LENGTH
@@ -141,6 +161,12 @@ def test_steps_or_epochs(chats, epochs, steps):
         recipe(chats, epochs=epochs, train=train)
     with pytest.raises(ConfigError, match="epochs is 0: it has to be positive"):
         recipe(chats, epochs=0)
+
+
+def test_epochs_are_of_one_data_set(chats):
+    data = dataclasses.replace(recipe(chats).data, paths=("a", "b"), weights=(1.0, 1.0))
+    with pytest.raises(ConfigError, match=r"data.paths are 2, which are drawn from by"):
+        dataclasses.replace(recipe(chats), data=data)
 
 
 def test_pretraining_counts_steps(chats):

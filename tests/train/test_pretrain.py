@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 import llama_jax
+from llama_jax.checkpoint.arrays import Arrays
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.config.recipe import load_recipe
 from llama_jax.data import ValidationData
@@ -148,6 +150,23 @@ def test_init_from_another_model_is_refused(whole, data, tmp_path):
     recipe = runs.changed(runs.recipe(data), "model", hidden_dim=96)
     with pytest.raises(CheckpointError, match=r"model.hidden_dim is 160, now 96"):
         pretrain(recipe, tmp_path, init_from=whole)
+
+
+def test_a_run_from_before_there_were_stages_is_resumed(whole, data, tmp_path, caplog):
+    shutil.copytree(whole, tmp_path / "run")
+    for saved in (tmp_path / "run" / "checkpoints").glob("*/recipe/metadata"):
+        content = json.loads(saved.read_text())
+        assert content.pop("stage") == "pretraining"
+        saved.write_text(json.dumps(content))
+    assert pretrain(runs.recipe(data), tmp_path / "run")
+    assert "changed recipe" not in caplog.text
+
+
+@pytest.mark.parametrize("item", ["params", "optimizer"])
+def test_what_is_saved_is_not_compressed(whole, item):
+    arrays = Arrays(whole / "checkpoints" / str(runs.NUM_STEPS) / item)
+    name = "embed.table" if item == "params" else "step"
+    assert arrays.open(name).spec().to_json()["metadata"]["compressor"] is None
 
 
 def test_another_model_is_not_resumed(whole, data):
