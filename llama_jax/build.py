@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 
 from llama_jax.config import LlamaConfig
+from llama_jax.config.model import Head
 from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import TrainConfig
 from llama_jax.model import Llama, flash, layers, param_axes, tiles
 from llama_jax.model.count import abstract_params
+from llama_jax.model.heads import MODELS
 from llama_jax.model.ring import GatheredAttention, RingAttention
 from llama_jax.model.transformer import Attend
 from sharding import (
@@ -52,6 +54,11 @@ class ShardedLlama:
         return self.model.config
 
     @property
+    def head(self) -> Head:
+        """What the model ends with."""
+        return self.model.head
+
+    @property
     def mlp_parts(self) -> int:
         """Devices that share the feed-forward width."""
         return axis_size(self.mesh, self.rules.mesh_axes(axes.MLP))
@@ -61,13 +68,22 @@ class ShardedLlama:
 
         The same values on every mesh.
         """
+        with jax.set_mesh(self.mesh):
+            return born_sharded(self._init, self.param_shardings)(jax.random.key(seed))
+
+    def init_head(self, seed: int) -> Tree:
+        """Those of `init` that the model ends with, alone."""
 
         def init(key: jax.Array) -> Tree:
-            unplaced = Llama(self.config)
-            return unplaced.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+            return self._init(key)[self.head]  # the compiler drops all the others
 
         with jax.set_mesh(self.mesh):
-            return born_sharded(init, self.param_shardings)(jax.random.key(seed))
+            make = born_sharded(init, self.param_shardings[self.head])
+            return make(jax.random.key(seed))
+
+    def _init(self, key: jax.Array) -> Tree:
+        unplaced = MODELS[self.head](self.config)
+        return unplaced.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 
     def sharding(self, *names: str | None) -> jax.sharding.NamedSharding:
         """The layout of an array whose dimensions have these logical axes."""
@@ -83,6 +99,7 @@ def build(
     remat: str,
     attend: Attend = layers.attend,
     loss_chunks: int = 1,
+    head: Head = "unembed",
 ) -> ShardedLlama:
     """Put a Llama on a mesh.
 
@@ -94,12 +111,13 @@ def build(
       remat: what the backward pass finds saved, see `model.depth.run`.
       attend: the attention kernel.
       loss_chunks: parts of the vocabulary that training works its loss off in.
+      head: what the model ends with.
 
     Raises:
       ShardingError: the mesh does not divide the model; says what would.
     """
     return ShardedLlama(
-        model=Llama(
+        model=MODELS[head](
             config,
             constrain=constrain(rules, mesh),
             attend=attend,
@@ -109,12 +127,14 @@ def build(
         ),
         mesh=mesh,
         rules=rules,
-        param_shardings=params_layout(config, mesh, rules),
+        param_shardings=params_layout(config, mesh, rules, head),
         loss_chunks=loss_chunks,
     )
 
 
-def params_layout(config: LlamaConfig, mesh: AnyMesh, rules: AxisRules) -> Tree:
+def params_layout(
+    config: LlamaConfig, mesh: AnyMesh, rules: AxisRules, head: Head = "unembed"
+) -> Tree:
     """A sharding per parameter.
 
     Raises:
@@ -123,7 +143,8 @@ def params_layout(config: LlamaConfig, mesh: AnyMesh, rules: AxisRules) -> Tree:
     if kv_copies(config, mesh, rules) > 1:
         # The weights stay whole, and each device takes the head that it needs.
         rules = dataclasses.replace(rules, kv_heads=())
-    return param_shardings(rules, mesh, param_axes(), abstract_params(config))
+    shapes = abstract_params(config, head)
+    return param_shardings(rules, mesh, param_axes(head), shapes)
 
 
 def kv_copies(config: LlamaConfig, mesh: AnyMesh, rules: AxisRules) -> int:
@@ -161,6 +182,7 @@ def build_for(recipe: TrainingRecipe, mesh: jax.sharding.Mesh) -> ShardedLlama:
         remat=recipe.train.remat,
         attend=_attention(recipe.train, mesh, rules),
         loss_chunks=recipe.train.loss_chunks,
+        head=recipe.head,
     )
 
 

@@ -10,8 +10,10 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
+from llama_jax.config.finetune import RewardConfig
 from llama_jax.config.recipe import (
     PretrainRecipe,
+    RewardRecipe,
     SftRecipe,
     TrainingRecipe,
     paper_optimizer,
@@ -62,6 +64,15 @@ def sft_recipe(data: str | Path, length: int) -> SftRecipe:
         sequence_parallel=False,
         topology="",
         epochs=3,
+    )
+
+
+def reward_recipe(data: str | Path, length: int) -> RewardRecipe:
+    """Three epochs likewise, with a small margin and half of the safety loss."""
+    like = sft_recipe(data, length)
+    fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
+    return RewardRecipe(
+        **fields, reward=RewardConfig(margin="small", safety_weight=0.5)
     )
 
 

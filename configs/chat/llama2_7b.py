@@ -4,12 +4,16 @@ r"""Llama 2-Chat 7B of Llama 2 7B, as in the paper's section 3.
         --tokenizer tokenizer.model --output data/sft
     llama-jax train configs/chat/llama2_7b.py:sft --init-from LLAMA2_7B \
         --workdir gs://BUCKET/7b-sft
+    llama-jax data comparisons --train PAIRS.jsonl --validation HELD_OUT.jsonl \
+        --tokenizer tokenizer.model --output data/helpfulness
+    llama-jax train configs/chat/llama2_7b.py:helpfulness \
+        --init-from gs://BUCKET/7b-sft --workdir gs://BUCKET/7b-helpfulness
 
 docs/chat.md says what each stage needs.
 """
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import SftRecipe, paper_sft
+from llama_jax.config.recipe import RewardRecipe, SftRecipe, paper_reward, paper_sft
 from sharding import MeshConfig
 
 
@@ -17,6 +21,30 @@ def sft() -> SftRecipe:
     """v5e-64: 64 chips, one row on each."""
     return paper_sft(
         LlamaConfig.llama2_7b(),
+        topology="v5e:8x8",
+        mesh=MeshConfig(fsdp=64),
+        remat="projections",
+    )
+
+
+def helpfulness() -> RewardRecipe:
+    """v5e-64: 64 chips, three rows on each, one after the other."""
+    return paper_reward(
+        LlamaConfig.llama2_7b(),
+        about="helpfulness",
+        peak_lr=1e-5,
+        topology="v5e:8x8",
+        mesh=MeshConfig(fsdp=64),
+        remat="projections",
+    )
+
+
+def safety() -> RewardRecipe:
+    """As `helpfulness`."""
+    return paper_reward(
+        LlamaConfig.llama2_7b(),
+        about="safety",
+        peak_lr=1e-5,
         topology="v5e:8x8",
         mesh=MeshConfig(fsdp=64),
         remat="projections",

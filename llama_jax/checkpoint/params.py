@@ -25,6 +25,7 @@ from jax.experimental import multihost_utils
 from llama_jax.checkpoint.arrays import Arrays
 from llama_jax.checkpoint.values import all_finite
 from llama_jax.config import LlamaConfig
+from llama_jax.config.model import Head
 from llama_jax.errors import CheckpointError, ConfigError
 from llama_jax.model.count import abstract_params
 from llama_jax.text.tokenizer import Tokenizer
@@ -47,12 +48,14 @@ class ParamsCheckpoint:
       config: the architecture they belong to.
       dtype: what they are stored in.
       tokenizer_path: the tokenizer that came with them, if one did.
+      head: what their model ends with.
     """
 
     directory: epath.Path
     config: LlamaConfig
     dtype: jnp.dtype
     tokenizer_path: epath.Path | None
+    head: Head = "unembed"
 
     @property
     def format(self) -> Literal["orbax"]:
@@ -109,9 +112,8 @@ class ParamsCheckpoint:
         Raises:
           CheckpointError: files are damaged or missing.
         """
-        return load_leaves(
-            self.read, abstract_params(self.config), shardings, dtype=dtype
-        )
+        shapes = abstract_params(self.config, self.head)
+        return load_leaves(self.read, shapes, shardings, dtype=dtype)
 
     def _unreadable(self, error: Exception) -> CheckpointError:
         return CheckpointError(
@@ -326,9 +328,11 @@ def open_orbax(
     """
     directory = absolute(epath.Path(directory))
     found = _stored(directory)
+    head: Head = "scalar" if "scalar.kernel" in found else "unembed"
+    shapes = abstract_params(config, head)
     expected = {
         _dotted(path): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract_params(config))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)
     }
     wrong = [
         f"{name} is {found[name].shape if name in found else 'missing'}, expected "
@@ -351,7 +355,7 @@ def open_orbax(
             mixed,
             widest,
         )
-    return ParamsCheckpoint(directory, config, widest, tokenizer)
+    return ParamsCheckpoint(directory, config, widest, tokenizer, head)
 
 
 def _stored(directory: epath.Path) -> dict[str, ocp.metadata.ArrayMetadata]:

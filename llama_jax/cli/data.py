@@ -1,15 +1,24 @@
-"""`llama-jax data STEP`: text to a tokenizer, text or dialogs to rows of tokens."""
+"""`llama-jax data STEP`: text to a tokenizer, or what is learnt from to rows of it."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import tyro
 
-from llama_jax.data import Dialogs, Documents, prepare, prepare_dialogs
+from llama_jax.data import (
+    Documents,
+    prepare,
+    prepare_comparisons,
+    prepare_dialogs,
+)
 from llama_jax.data.builders import tfds_splits
-from llama_jax.data.sources import dialog_files, files
+from llama_jax.data.sources import comparison_files, dialog_files, files
 from llama_jax.errors import DataError
 from llama_jax.text import Tokenizer, train_tokenizer
+
+_Source = TypeVar("_Source")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,13 +78,8 @@ class PrepareStep(Text):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DialogsStep:
-    """Write dialogs in the chat format, several in a row, for fine-tuning.
-
-    A line of a file is {"messages": [{"role": "user", "content": ...}, ...]}, with an
-    optional message of role system before, and ends with an answer. All answers are
-    learnt; with "learn": "last", the last alone. A dialog that does not fit a row is
-    counted and left out.
+class Lines:
+    """What is learnt from in fine-tuning: .jsonl files, one object a line.
 
     Attributes:
       train: .jsonl files.
@@ -93,27 +97,54 @@ class DialogsStep:
     row_length: int = 4096
     dry_run: bool = False
 
-    def splits(self) -> dict[str, list[Dialogs]]:
+    def splits(
+        self, read: Callable[[Sequence[str]], list[_Source]]
+    ) -> dict[str, list[_Source]]:
         """The sources of each split."""
-        chosen = {
-            "train": dialog_files(self.train),
-            "validation": dialog_files(self.validation),
-        }
-        if not chosen["train"]:
-            raise DataError("no dialogs: give --train FILE ...")
+        if not self.train:
+            raise DataError("nothing to train on: give --train FILE ...")
+        chosen = {"train": read(self.train), "validation": read(self.validation)}
         return {name: sources for name, sources in chosen.items() if sources}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DialogsStep(Lines):
+    """Write dialogs in the chat format, several in a row, for fine-tuning.
+
+    A line of a file is {"messages": [{"role": "user", "content": ...}, ...]}, with an
+    optional message of role system before, and ends with an answer. All answers are
+    learnt; with "learn": "last", the last alone. A dialog that does not fit a row is
+    counted and left out.
+    """
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonsStep(Lines):
+    """Write pairs of answers in the chat format, several in a row, for reward models.
+
+    A line of a file is {"messages": [... ends with the user], "chosen": TEXT,
+    "rejected": TEXT}, with an optional "rating" (significantly better, better, slightly
+    better, negligibly better) and "chosen_is_safe" and "rejected_is_safe" (true or
+    false). Pairs that do not fit a row are counted and left out; and so are those of
+    which the chosen answer is unsafe and the other safe.
+    """
 
 
 def run(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     step = tyro.extras.subcommand_cli_from_dict(
-        {"tokenizer": TokenizerStep, "prepare": PrepareStep, "dialogs": DialogsStep},
+        {
+            "tokenizer": TokenizerStep,
+            "prepare": PrepareStep,
+            "dialogs": DialogsStep,
+            "comparisons": ComparisonsStep,
+        },
         prog="llama-jax data",
         args=list(argv),
         config=(tyro.conf.FlagCreatePairsOff,),
     )
-    if isinstance(step, DialogsStep):
-        _write_dialogs(step)
+    if isinstance(step, Lines):
+        _write_lines(step)
     elif step.dry_run and step.tfds is not None:
         print(f"{step.output} from {step.tfds}, kept in {step.tfds_dir}")
     else:
@@ -141,20 +172,27 @@ def _write_text(step: TokenizerStep | PrepareStep) -> None:
             )
 
 
-def _write_dialogs(step: DialogsStep) -> None:
-    splits = step.splits()
+def _write_lines(step: Lines) -> None:
+    if isinstance(step, DialogsStep):
+        splits = step.splits(dialog_files)
+        write = functools.partial(prepare_dialogs, splits)
+    else:
+        splits = step.splits(comparison_files)
+        write = functools.partial(prepare_comparisons, splits)
     if step.dry_run:
         _say_sources(step.output, splits)
         return
-    prepared = prepare_dialogs(
-        splits, Tokenizer(step.tokenizer), step.output, row_length=step.row_length
-    )
+    tokenizer = Tokenizer(step.tokenizer)
+    prepared = write(tokenizer, step.output, row_length=step.row_length)
     for name, split in prepared.splits.items():
+        if prepared.kind == "dialogs":
+            more = f"{split.num_targets:,} of them are learnt"
+        else:
+            more = f"of {split.num_unsafe_chosen:,} more the unsafe answer was chosen"
         print(
-            f"{step.output}, {name}: {split.num_documents:,} dialogs, "
-            f"{split.num_tokens:,} tokens in {split.num_rows:,} rows, of which "
-            f"{split.num_targets:,} are learnt; {split.num_too_long:,} more are too "
-            "long for a row"
+            f"{step.output}, {name}: {split.num_documents:,} {prepared.kind}, "
+            f"{split.num_tokens:,} tokens in {split.num_rows:,} rows; {more}; "
+            f"{split.num_too_long:,} more are too long for a row"
         )
 
 

@@ -8,7 +8,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from llama_jax.conversion import AnyCheckpoint, open_checkpoint
+from llama_jax.conversion import AnyCheckpoint, open_any
 from llama_jax.conversion.manifest import Manifest
 from llama_jax.conversion.proof import read_digests, require_digests, require_files
 from llama_jax.data.prepared import MANIFEST, Prepared
@@ -53,12 +53,13 @@ def run(argv: Sequence[str]) -> int:
 def _facts(options: Options) -> dict[str, object]:
     if (Path(options.path) / MANIFEST).exists():
         return _data_facts(Prepared.load(options.path))
-    source = open_checkpoint(options.path, max_length=options.max_length)
+    source = open_any(options.path, max_length=options.max_length)
     recorded = Manifest.of(source)
     facts: dict[str, object] = {
         "checkpoint": f"{_OWNERS[source.format]}, {source.directory}",
         "files": f"{len(source.files)}, {_size(source)}",
-        "parameters": f"{num_params(source.config):,}, {source.dtype}",
+        "model": "writes" if source.head == "unembed" else "scores answers",
+        "parameters": f"{num_params(source.config, source.head):,}, {source.dtype}",
         "tokenizer": source.tokenizer_path or "none",
         **dataclasses.asdict(source.config),
     }
@@ -71,7 +72,7 @@ def _facts(options: Options) -> dict[str, object]:
 
 
 def _size(source: AnyCheckpoint) -> str:
-    num_bytes = num_params(source.config) * source.dtype.itemsize
+    num_bytes = num_params(source.config, source.head) * source.dtype.itemsize
     return f"{num_bytes / 1e9:.2f} GB of weights"
 
 

@@ -59,7 +59,7 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
             elif "validation_loss" in record:
                 console.print(
                     f"step {record['step']}: validation loss "
-                    f"{record['validation_loss']:.4f} nats per token",
+                    f"{record['validation_loss']:.4f} {_unit(record)}",
                     highlight=False,
                 )
             elif "time_shares" in record:
@@ -70,6 +70,12 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                 )
 
         yield watch
+
+
+def _unit(record: dict[str, Any]) -> str:
+    if "accuracy" in record:
+        return f"nats per pair, {record['accuracy']:.1%} of pairs in order"
+    return "nats per token"
 
 
 def _text(record: dict[str, Any]) -> str:

@@ -10,7 +10,9 @@ import tyro
 
 from llama_jax.cli.progress import training_progress
 from llama_jax.config.recipe import (
+    EpochRecipe,
     PretrainRecipe,
+    RewardRecipe,
     SftRecipe,
     TrainingRecipe,
     load_recipe,
@@ -18,6 +20,7 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.data import open_data
 from llama_jax.errors import DataError, RecipeError
+from llama_jax.finetune.reward import train_reward
 from llama_jax.finetune.sft import sft
 from llama_jax.model.count import num_params
 from llama_jax.train.faults import EXIT_PREEMPTED
@@ -60,6 +63,7 @@ class Options(Generic[_Recipe]):
 _STAGES: dict[type[TrainingRecipe], tuple[Any, Callable[..., bool]]] = {
     PretrainRecipe: (Options[PretrainRecipe], pretrain),
     SftRecipe: (Options[SftRecipe], sft),
+    RewardRecipe: (Options[RewardRecipe], train_reward),
 }
 
 
@@ -83,7 +87,7 @@ def run(argv: Sequence[str]) -> int:
     if options.dry_run:
         print(json.dumps(to_json(recipe), indent=2))
         print(
-            f"{num_params(recipe.model):,} parameters; {_tokens(recipe)}; "
+            f"{num_params(recipe.model, recipe.head):,} parameters; {_tokens(recipe)}; "
             f"{check_layout(recipe)}"
         )
         return 0
@@ -98,11 +102,16 @@ def run(argv: Sequence[str]) -> int:
     if not finished:
         print("Saved and stopped as asked; the same command goes on from here.")
         return EXIT_PREEMPTED
-    if isinstance(recipe, SftRecipe):
-        print(f"Done. Talk to it: llama-jax chat {options.workdir}")
-    else:
-        print(f"Done. Let it write: llama-jax generate {options.workdir} --prompt The")
+    print(f"Done. {_what_next(recipe)}".format(options.workdir))
     return 0
+
+
+def _what_next(recipe: TrainingRecipe) -> str:
+    if isinstance(recipe, RewardRecipe):
+        return "Score with it: llama_jax.finetune.reward.load_reward({!r})"
+    if isinstance(recipe, SftRecipe):
+        return "Talk to it: llama-jax chat {}"
+    return "Let it write: llama-jax generate {} --prompt The"
 
 
 def _num_steps(recipe: TrainingRecipe) -> int:
@@ -118,7 +127,7 @@ def _num_steps(recipe: TrainingRecipe) -> int:
 
 def _tokens(recipe: TrainingRecipe) -> str:
     a_step = recipe.train.batch_size * recipe.data.sequence_length
-    if isinstance(recipe, SftRecipe) and recipe.epochs is not None:
+    if isinstance(recipe, EpochRecipe) and recipe.epochs is not None:
         return f"{a_step:,} tokens a step, {recipe.epochs} epochs"
     return f"{a_step:,} tokens a step, {a_step * recipe.train.num_steps:,} in all"
 

@@ -2,8 +2,14 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 from llama_jax.errors import ConfigError
+
+# How much better one of two answers is (section 3.2.1), as the paper words it.
+Rating = Literal[
+    "significantly better", "better", "slightly better", "negligibly better"
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

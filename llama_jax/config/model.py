@@ -6,9 +6,13 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 from llama_jax.errors import ConfigError
+
+# What a model ends with, as its parameters name it: logits of the next token, or one
+# number at each position.
+Head = Literal["unembed", "scalar"]
 
 _META_KEYS = frozenset(
     {

@@ -19,14 +19,29 @@ AnyCheckpoint = TensorCheckpoint | ParamsCheckpoint
 
 
 def open_checkpoint(path: epath.PathLike, *, max_length: int) -> AnyCheckpoint:
-    """Open a checkpoint without reading its weights.
+    """Open the checkpoint of a model that writes, without reading its weights.
 
     Args:
       path: a directory.
       max_length: the context in tokens, where the files do not say.
 
     Raises:
-      CheckpointError: it does not exist, is not known, or is damaged.
+      CheckpointError: it does not exist, is not known, or is damaged; or it is a reward
+        model.
+    """
+    source = open_any(path, max_length=max_length)
+    if source.head != "unembed":
+        raise CheckpointError(
+            f"{path} is a reward model, which scores answers and writes none: give the "
+            "model that writes, or score with llama_jax.finetune.reward.load_reward."
+        )
+    return source
+
+
+def open_any(path: epath.PathLike, *, max_length: int) -> AnyCheckpoint:
+    """Open a checkpoint whatever its model ends with, which its `head` says.
+
+    Arguments and errors are those of `open_checkpoint`.
     """
     directory = place(path)
     if not directory.exists():

@@ -44,7 +44,11 @@ def read_digests(checkpoint: AnyCheckpoint, *, watch: Watch) -> dict[str, str]:
     Raises:
       CheckpointError: files are damaged or missing.
     """
-    weights = names.weights(checkpoint.config)
+    weights = [
+        weight
+        for weight in names.weights(checkpoint.config)
+        if checkpoint.head == "unembed" or weight.parameter.path != "unembed/kernel"
+    ]
     progress = Progress("verify", weights, checkpoint, checkpoint.dtype, watch)
 
     def read(weight: names.Weight) -> tuple[str, str]:
@@ -52,6 +56,8 @@ def read_digests(checkpoint: AnyCheckpoint, *, watch: Watch) -> dict[str, str]:
         progress.add_weight(weight)
         return weight.name, found
 
+    if checkpoint.head == "scalar":  # which has no name in other programs' files
+        checkpoint.read("scalar/kernel")
     with ThreadPoolExecutor(NUM_WORKERS) as pool:
         return dict(pool.map(read, weights))
 

@@ -16,6 +16,7 @@ from etils import epath
 from llama_jax.checkpoint.params import load_leaves
 from llama_jax.checkpoint.values import all_finite
 from llama_jax.config import LlamaConfig
+from llama_jax.config.model import Head
 from llama_jax.conversion import names, rope
 from llama_jax.conversion.files import Tensor, is_remote
 from llama_jax.conversion.layout import to_leaf, to_matrix
@@ -35,6 +36,7 @@ class TensorCheckpoint:
     """Parameters in this project's layout, unread until asked.
 
     Attributes:
+      head: what the model ends with: both programs' formats are of models that write.
       format: "meta" or "hf".
       directory: where the files are.
       files: those that hold weights, in order.
@@ -44,6 +46,8 @@ class TensorCheckpoint:
       shards: of each model-parallel shard, its tensors by name; "hf" has one.
       shapes: of every leaf, by its path ("blocks/attention/query").
     """
+
+    head: Head = "unembed"
 
     def __init__(
         self,

@@ -1,15 +1,23 @@
-"""Documents and dialogs to batches: tokenised and packed once, read as often as needed.
+"""Texts to batches: tokenised and packed once, read as often as needed.
 
     sources  ->  prepare  ->  dataset.json and ArrayRecord files  ->  pipeline
 
 Corpora that this project wraps for tensorflow-datasets are in `data.builders`.
 """
 
-from llama_jax.data.batch import Batch
+from llama_jax.data.batch import Batch, ComparisonBatch
 from llama_jax.data.pipeline import TrainingData, ValidationData, open_data
-from llama_jax.data.prepare import prepare, prepare_dialogs, write_shard
+from llama_jax.data.prepare import (
+    prepare,
+    prepare_comparisons,
+    prepare_dialogs,
+    write_shard,
+)
 from llama_jax.data.prepared import Prepared
 from llama_jax.data.sources import (
+    Comparison,
+    ComparisonLines,
+    Comparisons,
     Dialog,
     DialogLines,
     Dialogs,
@@ -21,6 +29,10 @@ from llama_jax.data.sources import (
 
 __all__ = [
     "Batch",
+    "Comparison",
+    "ComparisonBatch",
+    "ComparisonLines",
+    "Comparisons",
     "Dialog",
     "DialogLines",
     "Dialogs",
@@ -33,6 +45,7 @@ __all__ = [
     "ValidationData",
     "open_data",
     "prepare",
+    "prepare_comparisons",
     "prepare_dialogs",
     "write_shard",
 ]

@@ -1,12 +1,15 @@
 """What one step reads. B rows, T positions."""
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int
+
+from llama_jax.data.prepared import CHOSEN, REJECTED, Kind, record_type
 
 
 @jax.tree_util.register_dataclass
@@ -26,6 +29,57 @@ class Batch:
     targets: Int[Any, "B T"]
     weights: Float[Any, "B T"]
     segments: Int[Any, "B T"] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonBatch:
+    """Rows of pairs of answers, each answer after its dialog: a pytree.
+
+    Attributes:
+      tokens: what the model reads.
+      segments: which answer, with its dialog, a token belongs to.
+      weights: 1 at the last token of a chosen answer, else 0; the sum counts pairs.
+      rejected: there, the position of the last token of the other answer.
+      rating: there, how much better the chosen answer is, a place in
+        `prepared.RATINGS`.
+      safety: at the last token of any answer, `prepared.UNSAFE` or `SAFE`, or 0 where
+        nobody said.
+    """
+
+    tokens: Int[Any, "B T"]
+    segments: Int[Any, "B T"]
+    weights: Float[Any, "B T"]
+    rejected: Int[Any, "B T"]
+    rating: Int[Any, "B T"]
+    safety: Int[Any, "B T"]
+
+
+def batch_comparisons(rows: Sequence[np.ndarray], *, length: int) -> ComparisonBatch:
+    """Lay rows of comparisons under each other; an empty row is all padding.
+
+    Args:
+      rows: records as `prepared.record_type` has them, of at most `length` tokens.
+      length: positions, T.
+    """
+    stacked_BT = np.zeros(
+        (len(rows), length), record_type("comparisons", np.dtype(np.int32))
+    )
+    stacked_BT["is_first"] = True  # padding belongs to no answer
+    rejected_BT = np.zeros(stacked_BT.shape, np.int32)
+    for i, row in enumerate(rows):
+        if len(row):
+            stacked_BT[i, : len(row)] = row
+            (chosen,) = np.nonzero(row["answer"] == CHOSEN)
+            (rejected_BT[i, chosen],) = np.nonzero(row["answer"] == REJECTED)
+    return ComparisonBatch(
+        tokens=stacked_BT["id"],
+        segments=np.cumsum(stacked_BT["is_first"], axis=1, dtype=np.int32),
+        weights=(stacked_BT["answer"] == CHOSEN).astype(np.float32),
+        rejected=rejected_BT,
+        rating=stacked_BT["rating"].astype(np.int32),
+        safety=stacked_BT["safety"].astype(np.int32),
+    )
 
 
 def batch_rows(
@@ -67,3 +121,15 @@ def batch_rows(
         weights=weights_BT,
         segments=segments_BT,
     )
+
+
+AnyBatch = Batch | ComparisonBatch
+
+
+def batches_of(
+    kind: Kind, *, length: int, bos_id: int | None
+) -> Callable[[Sequence[np.ndarray]], AnyBatch]:
+    """What makes a batch of rows of a kind; arguments as `batch_rows` has them."""
+    if kind == "comparisons":
+        return functools.partial(batch_comparisons, length=length)
+    return functools.partial(batch_rows, length=length, bos_id=bos_id)

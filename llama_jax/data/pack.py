@@ -1,11 +1,9 @@
-"""Documents and dialogs to rows of one length."""
+"""Documents, dialogs and comparisons to rows of one length."""
 
 import bisect
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-
-from llama_jax.text import Example
 
 # Rows that wait for a dialog that fills them. With so many, dialogs of one to six
 # turns leave about one place in a hundred empty; memory is that of as many rows.
@@ -32,28 +30,26 @@ def pack(
         yield rest
 
 
-def pack_whole(
-    examples: Iterable[Example], *, row_length: int
-) -> Iterator[list[Example]]:
-    """Put dialogs together that fill a row of `row_length` + 1 tokens, and cut none.
+def pack_whole(pieces: Iterable[np.ndarray], *, room: int) -> Iterator[np.ndarray]:
+    """Put pieces together that fill a row of `room` tokens, and cut none.
 
     Each goes where it leaves the least room, among the rows that are open; the fullest
     is closed when there are too many (best fit). None may be longer than a row.
     """
     # By the room that is left: of those that are open, the fullest first.
-    open_rows: list[tuple[int, list[Example]]] = []
-    for example in examples:
-        size = len(example.tokens)
+    open_rows: list[tuple[int, list[np.ndarray]]] = []
+    for piece in pieces:
+        size = len(piece)
         place = bisect.bisect_left(open_rows, size, key=lambda row: row[0])
-        room, row = row_length + 1, list[Example]()
+        left, row = room, list[np.ndarray]()
         if place < len(open_rows):
-            room, row = open_rows.pop(place)
+            left, row = open_rows.pop(place)
         elif len(open_rows) == _OPEN_ROWS:
-            yield open_rows.pop(0)[1]
-        row.append(example)
-        if room == size:
-            yield row
+            yield np.concatenate(open_rows.pop(0)[1])
+        row.append(piece)
+        if left == size:
+            yield np.concatenate(row)
             continue
-        bisect.insort(open_rows, (room - size, row), key=lambda row: row[0])
+        bisect.insort(open_rows, (left - size, row), key=lambda row: row[0])
     for _, row in open_rows:
-        yield row
+        yield np.concatenate(row)

@@ -6,13 +6,13 @@ reads its part.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grain
 import numpy as np
 
 from llama_jax.config.data import DataConfig
-from llama_jax.data.batch import Batch, batch_rows
+from llama_jax.data.batch import AnyBatch, batches_of
 from llama_jax.data.mixture import mix
 from llama_jax.data.prepare import TRAIN
 from llama_jax.data.prepared import Prepared
@@ -47,7 +47,7 @@ def open_data(config: DataConfig) -> list[Prepared]:
     return sets
 
 
-class TrainingData(Iterator[Batch]):
+class TrainingData(Iterator[AnyBatch]):
     """An endless iterator over the rows of this host, which can be put anywhere.
 
     The same seed gives the same rows on every machine; each epoch has its own order.
@@ -81,8 +81,7 @@ class TrainingData(Iterator[Batch]):
         )
         self._host_batches = functools.partial(
             _host_batches,
-            length=config.sequence_length,
-            bos_id=sets[0].bos_id if config.segments else None,
+            to_batch=_to_batch(config, sets[0]),
             host_rows=_rows_per_host(batch_size, num_hosts),
             host=host,
             num_hosts=num_hosts,
@@ -101,10 +100,10 @@ class TrainingData(Iterator[Batch]):
         self._position = position
         self._batches = self._host_batches(self._rows[position:])
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         batch = next(self._batches)
         self._position += self._batch_size
         return batch
@@ -123,7 +122,7 @@ class ValidationData:
       num_hosts: how many share a batch; each reads rows that follow one another.
 
     Attributes:
-      num_targets: tokens that are predicted, the sum of all weights.
+      num_targets: tokens that are predicted, or comparisons: the sum of all weights.
       text_bytes: UTF-8 of the documents: nats / (bytes ln 2) are bits per byte.
 
     Raises:
@@ -150,8 +149,7 @@ class ValidationData:
         self._host_batches = functools.partial(
             _host_batches,
             grain.MapDataset.concatenate(sources),
-            length=config.sequence_length,
-            bos_id=sets[0].bos_id if config.segments else None,
+            to_batch=_to_batch(config, sets[0]),
             host_rows=host_rows,
             host=host,
             num_hosts=num_hosts,
@@ -163,24 +161,29 @@ class ValidationData:
     def __len__(self) -> int:
         return self._num_batches
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         return self._host_batches()
+
+
+def _to_batch(
+    config: DataConfig, prepared: Prepared
+) -> Callable[[Sequence[np.ndarray]], AnyBatch]:
+    return batches_of(
+        prepared.kind,
+        length=config.sequence_length,
+        bos_id=prepared.bos_id if config.segments else None,
+    )
 
 
 def _host_batches(
     rows: grain.MapDataset[np.ndarray],
     *,
-    length: int,
-    bos_id: int | None,
+    to_batch: Callable[[Sequence[np.ndarray]], AnyBatch],
     host_rows: int,
     host: int,
     num_hosts: int,
-) -> Iterator[Batch]:
+) -> Iterator[AnyBatch]:
     """A host's part of each batch: every `num_hosts`-th of the groups of its size."""
-
-    def to_batch(group: Sequence[np.ndarray]) -> Batch:
-        return batch_rows(group, length=length, bos_id=bos_id)
-
     # All groups are full; an endless stream has no length that could be rounded up.
     groups = rows.batch(host_rows, drop_remainder=True, batch_fn=to_batch)
     groups = groups[host::num_hosts]

@@ -1,18 +1,24 @@
 """Tokenise a corpus once, and pack it into rows."""
 
+import dataclasses
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from llama_jax.data.pack import pack, pack_whole
 from llama_jax.data.prepared import (
+    CHOSEN,
     MANIFEST,
+    RATINGS,
+    REJECTED,
+    SAFE,
     TOKENIZER,
+    UNSAFE,
     Kind,
     Prepared,
     Shard,
@@ -21,7 +27,13 @@ from llama_jax.data.prepared import (
     local,
     record_type,
 )
-from llama_jax.data.sources import Dialogs, Documents
+from llama_jax.data.sources import (
+    Comparison,
+    Comparisons,
+    Dialog,
+    Dialogs,
+    Documents,
+)
 from llama_jax.errors import DataError
 from llama_jax.text import Example, Tokenizer, encode_example
 
@@ -83,6 +95,28 @@ def prepare_dialogs(
         return write_dialog_shard(source, tokenizer, path, row_length=row_length)
 
     return _prepare("dialogs", splits, tokenizer, target, row_length, write)
+
+
+def prepare_comparisons(
+    splits: Mapping[str, Sequence[Comparisons]],
+    tokenizer: Tokenizer,
+    target: str | Path,
+    *,
+    row_length: int,
+) -> Prepared:
+    """Write pairs of answers, each after its dialog, several pairs in a row, none cut.
+
+    Arguments and the rest are as `prepare` has them.
+
+    Raises:
+      DataError: as `prepare`; or no pair of a source fits a row.
+      DialogError: a row of a source is no dialog with answers.
+    """
+
+    def write(split: str, source: Comparisons, path: Path) -> Shard:
+        return write_comparison_shard(source, tokenizer, path, row_length=row_length)
+
+    return _prepare("comparisons", splits, tokenizer, target, row_length, write)
 
 
 def _prepare(
@@ -189,40 +223,122 @@ def write_dialog_shard(
       DataError: the source is unreadable, or no dialog of it fits a row.
       DialogError: a row of it is no conversation to learn from.
     """
-    num_dialogs = text_bytes = num_tokens = num_targets = num_too_long = 0
+    dtype = record_type("dialogs", id_type(tokenizer.vocab_size))
 
-    def encoded() -> Iterator[Example]:
-        nonlocal num_dialogs, text_bytes, num_tokens, num_targets, num_too_long
-        for messages, learn in dialogs:
-            example = encode_example(tokenizer, messages, learn=learn)
-            if len(example.tokens) > row_length + 1:
-                num_too_long += 1
-                continue
-            num_dialogs += 1
-            answers = messages[-1:] if learn == "last" else messages
-            text_bytes += sum(
-                len(message["content"].encode("utf-8"))
+    def encode(dialog: Dialog) -> _Piece:
+        messages, learn = dialog
+        example = encode_example(tokenizer, messages, learn=learn)
+        tokens = _record([example], dtype)
+        tokens["is_learnt"] = example.loss_mask
+        answers = messages[-1:] if learn == "last" else messages
+        return _Piece(
+            tokens,
+            text_bytes=_num_bytes(
+                message["content"]
                 for message in answers
                 if message["role"] == "assistant"
-            )
-            num_tokens += len(example.tokens)
-            num_targets += sum(example.loss_mask)
-            yield example
+            ),
+            num_targets=sum(example.loss_mask),
+        )
 
-    dtype = record_type("dialogs", id_type(tokenizer.vocab_size))
+    # The last token of a row is a target and no input.
+    room = row_length + 1
+    return _write_whole(
+        "dialogs", map(encode, dialogs), dialogs, path, dtype, room=room
+    )
+
+
+def write_comparison_shard(
+    comparisons: Comparisons, tokenizer: Tokenizer, path: Path, *, row_length: int
+) -> Shard:
+    """`write_shard` of comparisons: both answers, each after the dialog, in one row.
+
+    Pairs that do not fit a row are counted, not cut; and so are those of which the
+    chosen answer is unsafe and the other safe, which the paper leaves out.
+
+    Raises:
+      DataError: the source is unreadable, or no comparison of it fits a row.
+      DialogError: a row of it is no dialog with answers.
+    """
+    dtype = record_type("comparisons", id_type(tokenizer.vocab_size))
+    num_unsafe_chosen = 0
+
+    def encode(comparison: Comparison) -> _Piece:
+        answers = (comparison.chosen, comparison.rejected)
+        examples = [
+            encode_example(
+                tokenizer,
+                [*comparison.messages, {"role": "assistant", "content": answer}],
+            )
+            for answer in answers
+        ]
+        tokens = _record(examples, dtype)
+        lasts = np.cumsum([len(example.tokens) for example in examples]) - 1
+        tokens["answer"][lasts] = CHOSEN, REJECTED
+        tokens["rating"][lasts] = RATINGS.index(comparison.rating)
+        if comparison.is_safe is not None:
+            tokens["safety"][lasts] = np.where(comparison.is_safe, SAFE, UNSAFE)
+        return _Piece(tokens, text_bytes=_num_bytes(answers), num_targets=1)
+
+    def encoded() -> Iterator[_Piece]:
+        nonlocal num_unsafe_chosen
+        for comparison in comparisons:
+            if comparison.is_safe == (False, True):
+                num_unsafe_chosen += 1
+            else:
+                yield encode(comparison)
+
+    shard = _write_whole(
+        "comparisons", encoded(), comparisons, path, dtype, room=row_length
+    )
+    return dataclasses.replace(shard, num_unsafe_chosen=num_unsafe_chosen)
+
+
+class _Piece(NamedTuple):
+    """What stays whole: its records, and what `Shard` counts of it."""
+
+    tokens: np.ndarray
+    text_bytes: int
+    num_targets: int
+
+
+def _write_whole(
+    what: str,
+    pieces: Iterable[_Piece],
+    source: Dialogs | Comparisons,
+    path: Path,
+    dtype: np.dtype,
+    *,
+    room: int,
+) -> Shard:
+    """Pack pieces into rows of `room` tokens; those that are longer are counted."""
+    num_pieces = text_bytes = num_tokens = num_targets = num_too_long = 0
+
+    def fitting() -> Iterator[np.ndarray]:
+        nonlocal num_pieces, text_bytes, num_tokens, num_targets, num_too_long
+        for piece in pieces:
+            if len(piece.tokens) > room:
+                num_too_long += 1
+                continue
+            num_pieces += 1
+            text_bytes += piece.text_bytes
+            num_tokens += len(piece.tokens)
+            num_targets += piece.num_targets
+            yield piece.tokens
+
     with _Writer(path, dtype) as rows:
-        for row in pack_whole(encoded(), row_length=row_length):
-            rows.write(_record(row, dtype))
-    if not num_dialogs:
+        for row in pack_whole(fitting(), room=room):
+            rows.write(row)
+    if not num_pieces:
         raise DataError(
-            f"{dialogs.name} holds no dialogs that fit a row of {row_length} tokens "
-            f"({num_too_long} are longer, {dialogs.num_skipped} lines were skipped): "
-            "leave it out, give it dialogs, or make rows longer."
+            f"{source.name} holds no {what} that fit a row of {room} tokens "
+            f"({num_too_long} are longer, {source.num_skipped} lines were skipped): "
+            f"leave it out, give it {what}, or make rows longer."
         )
     return rows.shard(
-        source=dialogs.name,
-        num_documents=num_dialogs,
-        num_skipped=dialogs.num_skipped,
+        source=source.name,
+        num_documents=num_pieces,
+        num_skipped=source.num_skipped,
         text_bytes=text_bytes,
         num_tokens=num_tokens,
         num_targets=num_targets,
@@ -231,12 +347,16 @@ def write_dialog_shard(
 
 
 def _record(examples: Sequence[Example], dtype: np.dtype) -> np.ndarray:
-    tokens = np.zeros(sum(len(example.tokens) for example in examples), dtype)
-    tokens["id"] = np.concatenate([example.tokens for example in examples])
-    tokens["is_learnt"] = np.concatenate([example.loss_mask for example in examples])
+    """Examples one after another; the first token of each is marked."""
     lengths = [len(example.tokens) for example in examples]
+    tokens = np.zeros(sum(lengths), dtype)
+    tokens["id"] = np.concatenate([example.tokens for example in examples])
     tokens["is_first"][np.cumsum([0, *lengths[:-1]])] = True
     return tokens
+
+
+def _num_bytes(texts: Iterable[str]) -> int:
+    return sum(len(text.encode("utf-8")) for text in texts)
 
 
 class _Writer:

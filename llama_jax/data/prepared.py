@@ -5,8 +5,9 @@
     DIR/SPLIT-00000-of-00004.array_record  rows, one record each, little-endian
 
 Documents are cut into rows, of which the last of a shard may be shorter than the
-others; a record is its ids. Dialogs stay whole, and leave room at the ends of rows; a
-record has for each token the id, whether it is learnt and whether a dialog begins.
+others; a record is its ids. Dialogs and comparisons stay whole, and leave room at the
+ends of rows; a record has for each token the id and whether a dialog begins; of
+dialogs, whether it is learnt; of comparisons, whether an answer ends, and which.
 """
 
 import bisect
@@ -16,18 +17,25 @@ import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import grain
 import numpy as np
 
+from llama_jax.config.data import Rating
 from llama_jax.errors import DataError
 
 MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = 1
 
-Kind = Literal["documents", "dialogs"]
+Kind = Literal["documents", "dialogs", "comparisons"]
+
+# Of the last token of an answer, in a record of comparisons; 0 at all other tokens.
+CHOSEN, REJECTED = 1, 2
+UNSAFE, SAFE = 1, 2  # 0 where nobody said
+# By number: how much better the chosen answer is. The last is where nobody said.
+RATINGS: tuple[Rating | None, ...] = (*get_args(Rating), None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,14 +48,17 @@ class Shard:
       file_bytes: its size.
       sha256: of the records, one after the other.
       num_rows: records.
-      num_documents: documents or dialogs in the rows.
+      num_documents: documents, dialogs or comparisons in the rows.
       num_skipped: rows of the source that held no usable text.
       text_bytes: UTF-8 of the documents, without BOS and EOS; of dialogs, of the
-        answers that are learnt.
+        answers that are learnt; of comparisons, of both answers.
       num_tokens: of the documents, BOS and EOS included; of the dialogs.
-      num_targets: tokens that its rows teach. Of documents, all but the first, and but
-        those left over in a split whose tail is dropped; of dialogs, those learnt.
-      num_too_long: dialogs that do not fit a row, and were left out.
+      num_targets: what its rows teach. Of documents, all tokens but the first, and but
+        those left over in a split whose tail is dropped; of dialogs, the tokens
+        learnt; of comparisons, those themselves.
+      num_too_long: dialogs or comparisons that do not fit a row, and were left out.
+      num_unsafe_chosen: comparisons left out because the chosen answer is unsafe and
+        the other is safe (section 3.2.1).
     """
 
     file: str
@@ -61,6 +72,7 @@ class Shard:
     num_tokens: int
     num_targets: int
     num_too_long: int = 0
+    num_unsafe_chosen: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +88,7 @@ class Split:
 
     @property
     def num_documents(self) -> int:
-        """Documents or dialogs in the rows."""
+        """Documents, dialogs or comparisons in the rows."""
         return sum(shard.num_documents for shard in self.shards)
 
     @property
@@ -91,18 +103,23 @@ class Split:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the documents or dialogs, BOS and EOS included."""
+        """Tokens of what is in the rows, BOS and EOS included."""
         return sum(shard.num_tokens for shard in self.shards)
 
     @property
     def num_targets(self) -> int:
-        """Tokens that are taught."""
+        """Tokens, or comparisons, that are taught."""
         return sum(shard.num_targets for shard in self.shards)
 
     @property
     def num_too_long(self) -> int:
-        """Dialogs that were left out because they do not fit a row."""
+        """Dialogs or comparisons left out because they do not fit a row."""
         return sum(shard.num_too_long for shard in self.shards)
+
+    @property
+    def num_unsafe_chosen(self) -> int:
+        """Comparisons left out because the unsafe answer was chosen of two."""
+        return sum(shard.num_unsafe_chosen for shard in self.shards)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -261,10 +278,17 @@ def id_type(vocab_size: int) -> np.dtype:
 
 
 def record_type(kind: Kind, ids: np.dtype) -> np.dtype:
-    """Of one token of a row: its id; of a dialog, with what it is there for."""
+    """Of one token of a row: its id, and with it what it is there for.
+
+    Of comparisons, `answer` says whose last token it is (`CHOSEN`, `REJECTED`), and
+    there alone are `rating`, a place in `RATINGS`, and `safety` (`UNSAFE`, `SAFE`).
+    """
     if kind == "documents":
         return ids
-    return np.dtype([("id", ids), ("is_learnt", np.bool_), ("is_first", np.bool_)])
+    if kind == "dialogs":
+        return np.dtype([("id", ids), ("is_learnt", np.bool_), ("is_first", np.bool_)])
+    marks = [(name, np.uint8) for name in ("answer", "rating", "safety")]
+    return np.dtype([("id", ids), ("is_first", np.bool_), *marks])
 
 
 def local(path: str | Path) -> Path:

@@ -1,4 +1,4 @@
-"""Where documents and dialogs come from: a data set's rows, JSONL files, text files.
+"""Where texts, dialogs and comparisons come from: data sets' rows, files.
 
 A source is one shard of a corpus, read from its beginning as often as one likes and
 never held in memory. `data.prepare` turns each into one file.
@@ -11,6 +11,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_arg
 
 from etils import epath
 
+from llama_jax.config.data import Rating
 from llama_jax.errors import DataError, DialogError
 from llama_jax.text.chat import Learnt, Message, require_example
 
@@ -54,6 +55,34 @@ class Dialogs(Protocol):
     num_skipped: int
 
     def __iter__(self) -> Iterator[Dialog]: ...
+
+
+class Comparison(NamedTuple):
+    """Two answers to one question, and which of them a person preferred.
+
+    Attributes:
+      messages: the dialog up to the question, as `text.chat` has it.
+      chosen: the better answer.
+      rejected: the other.
+      rating: how much better; None where nobody said.
+      is_safe: whether the chosen and the rejected answer are safe; None where nobody
+        said.
+    """
+
+    messages: Sequence[Message]
+    chosen: str
+    rejected: str
+    rating: Rating | None
+    is_safe: tuple[bool, bool] | None
+
+
+class Comparisons(Protocol):
+    """One shard of comparisons; attributes as those of `Documents`."""
+
+    name: str
+    num_skipped: int
+
+    def __iter__(self) -> Iterator[Comparison]: ...
 
 
 class _BadRowError(Exception):
@@ -195,18 +224,42 @@ class DialogLines(_Lines[Dialog]):
         learn = content.get("learn", "all")
         if learn not in get_args(Learnt):
             raise _BadRowError(f'"learn" is {learn!r:.60}: write "all" or "last"')
-        messages = content["messages"]
-        if not isinstance(messages, list):
+        return Dialog(_messages(content["messages"]), learn)
+
+
+class ComparisonLines(_Lines[Comparison]):
+    """Comparisons of a JSONL file, one a line.
+
+    {"messages": [..., {"role": "user", ...}], "chosen": TEXT, "rejected": TEXT}, and,
+    where they are known, "rating": one of `config.data.Rating`, and "chosen_is_safe"
+    and "rejected_is_safe": true or false.
+
+    Args:
+      path: the file, on a disk or in a bucket (`gs://...`).
+      on_error: what to do with a line that holds no comparison.
+    """
+
+    def __init__(self, path: epath.PathLike, *, on_error: OnError = "raise") -> None:
+        super().__init__(path, on_error=on_error)
+
+    def _item(self, row: bytes) -> Comparison:
+        content = _json(row)
+        question = _list(_object(content, "messages")["messages"])
+        chosen = _field_text(content, "chosen")
+        rejected = _field_text(content, "rejected")
+        if chosen.strip() == rejected.strip():
             raise _BadRowError(
-                f"the field 'messages' is {type(messages).__name__}, not a list"
+                "both answers are the same, so there is nothing to prefer"
             )
-        require_example(messages)
-        for number, message in enumerate(messages, start=1):
-            try:
-                _usable(message["content"])
-            except _BadRowError as error:
-                raise _BadRowError(f"message {number}: {error}") from None
-        return Dialog(messages, learn)
+        rating = content.get("rating")
+        if rating is not None and rating not in get_args(Rating):
+            raise _BadRowError(
+                f'"rating" is {rating!r:.60}: write one of '
+                f"{', '.join(map(repr, get_args(Rating)))}, or leave it out"
+            )
+        for answer in (chosen, rejected):
+            _messages([*question, {"role": "assistant", "content": answer}])
+        return Comparison(question, chosen, rejected, rating, _safety_labels(content))
 
 
 class TextFiles(_Rows[str]):
@@ -260,15 +313,27 @@ def dialog_files(paths: Iterable[epath.PathLike]) -> list[Dialogs]:
     Raises:
       DataError: a file does not exist, or has another ending.
     """
-    sources: list[Dialogs] = []
-    for path in map(_existing, paths):
-        if not _is_jsonl(path):
-            raise DataError(
-                f"{path} is no .jsonl file: dialogs are objects, one a line, as "
-                '{"messages": [{"role": "user", "content": ...}, ...]}.'
-            )
-        sources.append(DialogLines(path))
-    return sources
+    form = '{"messages": [{"role": "user", "content": ...}, ...]}'
+    return [DialogLines(_jsonl(path, "dialogs", form)) for path in paths]
+
+
+def comparison_files(paths: Iterable[epath.PathLike]) -> list[Comparisons]:
+    """One source for each file, all of which are JSONL.
+
+    Raises:
+      DataError: a file does not exist, or has another ending.
+    """
+    form = '{"messages": [...], "chosen": ..., "rejected": ...}'
+    return [ComparisonLines(_jsonl(path, "comparisons", form)) for path in paths]
+
+
+def _jsonl(path: epath.PathLike, what: str, form: str) -> epath.Path:
+    path = _existing(path)
+    if not _is_jsonl(path):
+        raise DataError(
+            f"{path} is no .jsonl file: {what} are objects, one a line, as {form}."
+        )
+    return path
 
 
 def _existing(path: epath.PathLike) -> epath.Path:
@@ -300,6 +365,37 @@ def _object(row: Any, field: str) -> Mapping[str, Any]:
             f"the field {field!r} is missing; it has {', '.join(map(repr, row))}"
         )
     return row
+
+
+def _messages(messages: Any) -> Sequence[Message]:
+    """A dialog that ends with an answer, all of it usable text."""
+    require_example(_list(messages))
+    for number, message in enumerate(messages, start=1):
+        try:
+            _usable(message["content"])
+        except _BadRowError as error:
+            raise _BadRowError(f"message {number}: {error}") from None
+    return messages
+
+
+def _list(messages: Any) -> list[Any]:
+    if not isinstance(messages, list):
+        raise _BadRowError(
+            f"the field 'messages' is {type(messages).__name__}, not a list"
+        )
+    return messages
+
+
+def _safety_labels(row: Mapping[str, Any]) -> tuple[bool, bool] | None:
+    chosen, rejected = row.get("chosen_is_safe"), row.get("rejected_is_safe")
+    if chosen is None and rejected is None:
+        return None
+    if not (isinstance(chosen, bool) and isinstance(rejected, bool)):
+        raise _BadRowError(
+            f'"chosen_is_safe" is {chosen!r:.60} and "rejected_is_safe" '
+            f"{rejected!r:.60}: write true or false for both, or leave both out"
+        )
+    return chosen, rejected
 
 
 def _field_text(row: Any, field: str) -> str:

@@ -8,7 +8,7 @@ from llama_jax.config.recipe import SftRecipe
 from llama_jax.train.metrics import Record
 from llama_jax.train.run import Stage, run
 
-_STAGE = Stage(reads="dialogs", needs_model=True)
+STAGE = Stage(reads="dialogs", needs_model=True)
 
 
 def sft(
@@ -30,5 +30,5 @@ def sft(
       DataError: the data are documents, not dialogs.
     """
     return run(
-        _STAGE, recipe, workdir, init_from=init_from, profile=profile, watch=watch
+        STAGE, recipe, workdir, init_from=init_from, profile=profile, watch=watch
     )

@@ -7,7 +7,7 @@ suffixes as in `layers.py`, and V vocabulary, L layers.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from llama_jax.config import LlamaConfig
+from llama_jax.config.model import Head
 from llama_jax.model import depth, layers, mask
 from sharding import axes
 from sharding.axes import Tree
@@ -24,11 +25,15 @@ Attend = Callable[[Array, Array, Array, mask.Mask], Array]
 Constrain = Callable[..., Array]
 
 # Paper, section 2.2, leaves the initialisation open; this is the usual choice.
-_INIT = nn.initializers.normal(stddev=0.02)
+INIT = nn.initializers.normal(stddev=0.02)
 
 
-def param_axes() -> Tree:
+def param_axes(head: Head = "unembed") -> Tree:
     """The logical axes of every parameter, as a tree of the parameters' form."""
+    heads = {
+        "unembed": {"kernel": (axes.EMBED, axes.VOCAB)},
+        "scalar": {"kernel": (None,)},
+    }
     norm = {"scale": (axes.LAYERS, None)}
     project_in = (axes.LAYERS, axes.EMBED, axes.MLP)
     return {
@@ -49,7 +54,7 @@ def param_axes() -> Tree:
             },
         },
         "final_norm": {"scale": (None,)},
-        "unembed": {"kernel": (axes.EMBED, axes.VOCAB)},
+        head: heads[head],
     }
 
 
@@ -82,7 +87,7 @@ class Embed(nn.Module):
     def __call__(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """The rows of the table that `tokens` name."""
         shape = (self.config.vocab_size, self.config.dim)
-        table_VD = self.param("table", _INIT, shape)
+        table_VD = self.param("table", INIT, shape)
         # Gathered over `fsdp` first, as other weights are: after a lookup in a table
         # with split columns the compiler would replicate the result to re-split it.
         table_VD = self.constrain(table_VD.astype(self.dtype), axes.VOCAB, None)
@@ -109,7 +114,7 @@ class Attention(nn.Module):
         D, N, K, H = c.dim, c.num_heads, c.num_kv_heads, c.head_dim
 
         def project(name: str, num_heads: int, axis: str) -> Float[Array, "B T _ H"]:
-            kernel = self.param(name, _INIT, (D, num_heads, H)).astype(x_BTD.dtype)
+            kernel = self.param(name, INIT, (D, num_heads, H)).astype(x_BTD.dtype)
             if axis == axes.KV_HEADS and self.kv_copies > 1:
                 # Where more devices split the heads than there are: each computes the
                 # one that its query heads read, and nothing else.
@@ -132,7 +137,7 @@ class Attention(nn.Module):
             )
             mixed_BTNH = layers.written(mixed_BTNH)
         with jax.named_scope("out"):
-            out_NHD = self.param("out", _INIT, (N, H, D)).astype(x_BTD.dtype)
+            out_NHD = self.param("out", INIT, (N, H, D)).astype(x_BTD.dtype)
             out_BTD = jnp.einsum("BTNH,NHD->BTD", mixed_BTNH, out_NHD)
             return layers.written(checkpoint_name(out_BTD, "out"))
 
@@ -146,9 +151,9 @@ class SwiGLU(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The layer, at each position alone."""
         D, F = self.config.dim, self.config.hidden_dim
-        gate_DF = self.param("gate", _INIT, (D, F)).astype(x_BTD.dtype)
-        up_DF = self.param("up", _INIT, (D, F)).astype(x_BTD.dtype)
-        down_FD = self.param("down", _INIT, (F, D)).astype(x_BTD.dtype)
+        gate_DF = self.param("gate", INIT, (D, F)).astype(x_BTD.dtype)
+        up_DF = self.param("up", INIT, (D, F)).astype(x_BTD.dtype)
+        down_FD = self.param("down", INIT, (F, D)).astype(x_BTD.dtype)
         return layers.swiglu(x_BTD, gate_DF, up_DF, down_FD)
 
 
@@ -161,7 +166,7 @@ class Unembed(nn.Module):
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
         """Logits, summed and kept in float32."""
         shape = (self.config.dim, self.config.vocab_size)
-        kernel_DV = self.param("kernel", _INIT, shape).astype(x_BTD.dtype)
+        kernel_DV = self.param("kernel", INIT, shape).astype(x_BTD.dtype)
         return jnp.einsum(
             "BTD,DV->BTV", x_BTD, kernel_DV, preferred_element_type=jnp.float32
         )
@@ -214,6 +219,7 @@ class Llama(nn.Module):
     run, so what `init_with_output` gives beside them means nothing.
 
     Attributes:
+      head: what the last parameters are called; the class says it.
       config: the architecture.
       constrain: pins activations to a mesh, see `sharding.constrain`.
       attend: the attention kernel, with the signature of `layers.attend`.
@@ -222,6 +228,8 @@ class Llama(nn.Module):
       kv_copies: devices that compute each key/value head; 1 unless more devices split
         the heads than there are. Keys, values and a cache then have K times as many.
     """
+
+    head: ClassVar[Head] = "unembed"
 
     config: LlamaConfig
     constrain: Constrain = unconstrained

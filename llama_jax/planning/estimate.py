@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from llama_jax.build import params_layout
 from llama_jax.config import LlamaConfig
+from llama_jax.config.model import Head
 from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.model import num_params
@@ -92,16 +93,20 @@ def estimate(recipe: TrainingRecipe, topology: Topology) -> Estimate:
 
 @functools.cache
 def state_bytes(
-    config: LlamaConfig, mesh: MeshConfig, num_chips: int, moments: str
+    config: LlamaConfig,
+    mesh: MeshConfig,
+    num_chips: int,
+    moments: str,
+    head: Head = "unembed",
 ) -> tuple[int, int]:
     """Bytes of parameters, and of Adam's two moments, that a chip holds; exact.
 
     Raises:
       ShardingError: the mesh does not divide the model, or the chips.
     """
-    shapes = abstract_params(config)
+    shapes = abstract_params(config, head)
     rules = training_rules(sequence_parallel=False)
-    layout = params_layout(config, abstract_mesh(mesh, num_chips), rules)
+    layout = params_layout(config, abstract_mesh(mesh, num_chips), rules, head)
     numbers = sum(
         math.prod(sharding.shard_shape(leaf.shape))
         for leaf, sharding in zip(
@@ -177,7 +182,19 @@ class _Sizes:
     @property
     def params_per_chip(self) -> float:
         """Parameters whose state lies on one chip."""
-        return num_params(self.recipe.model) / (self.shards * self.tensor)
+        recipe = self.recipe
+        return num_params(recipe.model, recipe.head) / (self.shards * self.tensor)
+
+    @property
+    def head_width(self) -> int:
+        """Numbers that the head gives at each position."""
+        return self.recipe.model.vocab_size if self.recipe.head == "unembed" else 1
+
+    @property
+    def ends_params(self) -> int:
+        """Parameters of the embedding and of the head."""
+        c = self.recipe.model
+        return (c.vocab_size + self.head_width) * c.dim
 
 
 def _saved(sizes: _Sizes, policy: Remat) -> float:
@@ -219,7 +236,11 @@ def _scores(sizes: _Sizes) -> float:
 def _memory(sizes: _Sizes) -> dict[str, int]:
     recipe, c, b = sizes.recipe, sizes.recipe.model, sizes.width
     parameters, optimizer = state_bytes(
-        c, recipe.mesh, sizes.topology.num_chips, recipe.optimizer.moments
+        c,
+        recipe.mesh,
+        sizes.topology.num_chips,
+        recipe.optimizer.moments,
+        recipe.head,
     )
     gradients = parameters * (1 if recipe.train.accumulate == 1 else 2)
     activations = sum(num * _saved(sizes, policy) for policy, num in sizes.depths)
@@ -228,9 +249,9 @@ def _memory(sizes: _Sizes) -> dict[str, int]:
     layer = 2 * _saved(sizes, "projections") + 2 * _scores(sizes)
     weights = sizes.block_params / sizes.tensor * b * (3 if sizes.shards > 1 else 1)
     # Both ends: logits and their gradient, the embedding and the head gathered.
-    vocabulary = c.vocab_size / sizes.tensor
-    logits = 2 * 4 * sizes.tokens * vocabulary / recipe.train.loss_chunks
-    ends = 2 * vocabulary * c.dim * b if sizes.shards > 1 else 0
+    logits = 2 * 4 * sizes.tokens * sizes.head_width / sizes.tensor
+    logits /= recipe.train.loss_chunks
+    ends = sizes.ends_params / sizes.tensor * b if sizes.shards > 1 else 0
     backward = {"gradients": gradients, "one layer at work": layer + weights}
     loss = {"logits": logits, "embedding and head": ends}
     if recipe.train.accumulate > 1:
@@ -259,7 +280,7 @@ def _compute(sizes: _Sizes) -> dict[str, float]:
         "projections": 0,
         "none": 0,
     }
-    products = 3.0 * c.vocab_size * c.dim + 3.0 * c.num_layers * sizes.block_params
+    products = 3.0 * (sizes.head_width * c.dim + c.num_layers * sizes.block_params)
     products += sum(num * again[policy] for policy, num in sizes.depths)
     # Forward 1, backward 2.5: it has five products where the forward has two.
     kernels = sum(
@@ -298,7 +319,7 @@ def _collectives(sizes: _Sizes) -> tuple[Collective, ...]:
     """What a step sends, as each chip gathers or sums it."""
     recipe, c, b = sizes.recipe, sizes.recipe.model, sizes.width
     times, layers = recipe.train.accumulate, c.num_layers
-    params = (layers * sizes.block_params + 2 * c.vocab_size * c.dim) / sizes.tensor
+    params = (layers * sizes.block_params + sizes.ends_params) / sizes.tensor
     stream = sizes.tokens * c.dim * b
     keys = 2 * max(c.num_kv_heads / sizes.tensor, 1) * c.head_dim * b
     # Weights are gathered forward and backward. Of the two sums of Megatron's layers

@@ -91,7 +91,7 @@ class Plan:
         """Predicted share of the chips' peak that the model's own FLOPs make up."""
         rate = self.tokens_per_second
         flops = train_flops_per_token(
-            self.recipe.model, self.recipe.data.sequence_length
+            self.recipe.model, self.recipe.data.sequence_length, self.recipe.head
         )
         peak = self.topology.chip.peak_flops * self.topology.num_chips
         return rate and rate * flops / peak

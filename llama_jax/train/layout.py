@@ -25,8 +25,8 @@ def check_layout(recipe: TrainingRecipe) -> str:
     mesh = abstract_mesh(recipe.mesh, num_devices)
     require_division(recipe, mesh)
     rules = training_rules(sequence_parallel=recipe.sequence_parallel)
-    shapes = abstract_params(recipe.model)
-    layout = params_layout(recipe.model, mesh, rules)
+    shapes = abstract_params(recipe.model, recipe.head)
+    layout = params_layout(recipe.model, mesh, rules, recipe.head)
     held = sum(
         math.prod(leaf_layout.shard_shape(leaf.shape))
         for leaf, leaf_layout in zip(

@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import jax
+import numpy as np
 
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.config.recipe import TrainingRecipe
-from llama_jax.data.batch import Batch
+from llama_jax.data.batch import AnyBatch
 from llama_jax.train import faults
 from llama_jax.train.metrics import Sink, Stopwatch
+from llama_jax.train.objective import Objective
 from llama_jax.train.state import TrainState, to_items
 from llama_jax.train.step import EvalStep, TrainStep
 
@@ -23,7 +26,8 @@ class Run:
       recipe: the resolved recipe.
       mesh: the devices.
       train_step: compiled; consumes the state.
-      eval_step: compiled; summed loss and weights of a batch.
+      eval_step: compiled; what the objective measures of a batch.
+      objective: what is made small.
       validation: makes an iterator over the whole validation split.
       checkpoints: where the state goes.
       sink: where the measurements go.
@@ -36,7 +40,8 @@ class Run:
     mesh: jax.sharding.Mesh
     train_step: TrainStep
     eval_step: EvalStep
-    validation: Callable[[], Iterable[Batch]]
+    objective: Objective
+    validation: Callable[[], Iterable[AnyBatch]]
     checkpoints: RunCheckpoints
     sink: Sink
     guard: faults.Guard
@@ -44,7 +49,7 @@ class Run:
     profile_dir: str
 
 
-def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> bool:
+def train(run: Run, state: TrainState, data: Iterable[AnyBatch], position: int) -> bool:
     """Step until the recipe's last step, or until asked to stop.
 
     Args:
@@ -72,9 +77,9 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
                 run.sink.flush()  # a bad step is found before it is saved
             if decision.validate:
                 with clock.measure("validate"):
-                    loss = validation_loss(run, state)
-                if loss is not None:
-                    run.sink.write(step, validation_loss=loss)
+                    report = validate(run, state)
+                if report is not None:
+                    run.sink.write(step, **report)
             if decision.save:
                 with clock.measure("save"):
                     run.checkpoints.save(step, to_items(state), position, run.recipe)
@@ -85,16 +90,15 @@ def train(run: Run, state: TrainState, data: Iterable[Batch], position: int) -> 
     return step >= settings.num_steps
 
 
-def validation_loss(run: Run, state: TrainState) -> float | None:
-    """Mean loss over every token of the validation split, in nats; None if stopped."""
-    loss_sum = weight_sum = 0.0
+def validate(run: Run, state: TrainState) -> dict[str, Any] | None:
+    """What the objective reports of the whole validation split; None if stopped."""
+    sums: dict[str, np.ndarray] = {}
     for batch in run.validation():
         if run.guard.stop_now():  # saving must not wait for a whole split
             return None
-        loss, weight = run.eval_step(state.params, batch)
-        loss_sum += float(loss)
-        weight_sum += float(weight)
-    return loss_sum / weight_sum
+        for name, part in run.eval_step(state.params, batch).items():
+            sums[name] = sums.get(name, 0.0) + np.asarray(part, np.float64)
+    return run.objective.report(sums)
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ class Sink:
         self._pending: tuple[int, Measured] | None = None
         self._last_read: float | None = None
         self._flops_per_token = train_flops_per_token(
-            recipe.model, recipe.data.sequence_length
+            recipe.model, recipe.data.sequence_length, recipe.head
         )
         self._peak = _peak_flops()
         self._writes = jax.process_index() == 0
@@ -185,7 +185,7 @@ class Sink:
             loss=_finite(read.loss),
             grad_norm=_finite(read.grad_norm),
             learning_rate=float(read.learning_rate),
-            num_tokens=float(read.num_tokens),
+            num_targets=float(read.num_targets),
             applied=bool(read.applied),
             tokens_per_second=rate,
             mfu=mfu,

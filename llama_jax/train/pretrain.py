@@ -8,7 +8,7 @@ from llama_jax.config.recipe import PretrainRecipe
 from llama_jax.train.metrics import Record
 from llama_jax.train.run import Stage, run
 
-_STAGE = Stage(reads="documents", needs_model=False)
+STAGE = Stage(reads="documents", needs_model=False)
 
 
 def pretrain(
@@ -43,5 +43,5 @@ def pretrain(
     loss of another host with `faults.EXIT_HOST_LOST`.
     """
     return run(
-        _STAGE, recipe, workdir, init_from=init_from, profile=profile, watch=watch
+        STAGE, recipe, workdir, init_from=init_from, profile=profile, watch=watch
     )

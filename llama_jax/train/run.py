@@ -5,6 +5,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +16,20 @@ import llama_jax
 import sharding
 from llama_jax.build import ShardedLlama, build_for
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.checkpoint.params import TOKENIZER, place
+from llama_jax.checkpoint.params import TOKENIZER, load_leaves, place
 from llama_jax.config.recipe import TrainingRecipe, differences, to_json
-from llama_jax.conversion import open_checkpoint
+from llama_jax.conversion import AnyCheckpoint, open_any
 from llama_jax.conversion.proof import require_files
 from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
 from llama_jax.data.prepare import TRAIN
 from llama_jax.data.prepared import Kind
 from llama_jax.errors import CheckpointError, ConfigError, DataError
+from llama_jax.model.count import abstract_params
 from llama_jax.text import Tokenizer
 from llama_jax.train import faults, loop
 from llama_jax.train.layout import require_division
 from llama_jax.train.metrics import Record, Sink
+from llama_jax.train.objective import NextToken, Objective
 from llama_jax.train.optimizer import make_optimizer, make_schedule
 from llama_jax.train.state import (
     TrainState,
@@ -37,6 +40,7 @@ from llama_jax.train.state import (
 )
 from llama_jax.train.step import batch_sharding, make_eval_step, make_train_step
 from sharding import hosts, make_mesh
+from sharding.axes import Tree
 
 _log = logging.getLogger(__name__)
 
@@ -48,10 +52,12 @@ class Stage:
     Attributes:
       reads: what its data are made of.
       needs_model: it goes on from a model, and makes no parameters of its own.
+      objective: what a recipe of it makes small.
     """
 
     reads: Kind
     needs_model: bool
+    objective: Callable[[Any], Objective] = lambda recipe: NextToken()
 
 
 def run(
@@ -97,7 +103,7 @@ def _run(
             f"{jax.default_backend()}: use --train.attention dot."
         )
     require_division(recipe, mesh)
-    sharded = build_for(recipe, mesh)
+    sharded, objective = build_for(recipe, mesh), stage.objective(recipe)
     optimizer = make_optimizer(recipe.optimizer, settings.num_steps)
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
@@ -130,8 +136,10 @@ def _run(
                     make_schedule(recipe.optimizer, settings.num_steps),
                     accumulate=settings.accumulate,
                     spike_norm=settings.spike_norm,
+                    objective=objective,
                 ),
-                eval_step=make_eval_step(sharded),
+                eval_step=make_eval_step(sharded, objective),
+                objective=objective,
                 validation=lambda: (hosts.global_rows(b, rows) for b in validation),
                 checkpoints=checkpoints,
                 sink=sink,
@@ -181,8 +189,8 @@ def _agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Pre
 
 
 def num_training_rows(sets: Sequence[Prepared]) -> int:
-    """Rows to train on, of all data sets."""
-    return sum(prepared.splits[TRAIN].num_rows for prepared in sets)
+    """Rows to train on of the first data set, which epochs count."""
+    return sets[0].splits[TRAIN].num_rows
 
 
 def _code_digest() -> str:
@@ -238,7 +246,7 @@ def _restore_or(
         )
     if init_from is None:
         return fresh_state(sharded, optimizer, sharded.init(recipe.train.seed)), 0
-    source = open_checkpoint(init_from, max_length=recipe.model.max_length)
+    source = open_any(init_from, max_length=recipe.model.max_length)
     require_files(source)
     other = {
         field: change
@@ -255,6 +263,27 @@ def _restore_or(
         )
     if source.tokenizer_path is not None:
         data.require_tokenizer(Tokenizer(source.tokenizer_path).digest)
-    params = source.load(sharded.param_shardings, dtype=jnp.dtype("float32"))
+    params = _load(source, sharded, recipe)
     _log.info("Beginning with the parameters of %s.", init_from)
     return fresh_state(sharded, optimizer, params), 0
+
+
+def _load(source: AnyCheckpoint, sharded: ShardedLlama, recipe: TrainingRecipe) -> Tree:
+    """The parameters of a checkpoint; a head that gives a number is made if need be."""
+    dtype, layout = jnp.dtype("float32"), sharded.param_shardings
+    if source.head == sharded.head:
+        return source.load(layout, dtype=dtype)
+    if sharded.head == "unembed":
+        raise CheckpointError(
+            f"{source.directory} is a reward model, and {recipe.stage} goes on from "
+            "one that writes: give that with --init-from."
+        )
+    shapes = abstract_params(sharded.config, sharded.head)
+    shared = [name for name in shapes if name != sharded.head]
+    body = load_leaves(
+        source.read,
+        {name: shapes[name] for name in shared},
+        {name: layout[name] for name in shared},
+        dtype=dtype,
+    )
+    return {**body, sharded.head: sharded.init_head(recipe.train.seed)}

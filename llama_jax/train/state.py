@@ -100,6 +100,6 @@ def state_shardings(
 def _shapes(
     sharded: ShardedLlama, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    params = abstract_params(sharded.config)
+    params = abstract_params(sharded.config, sharded.head)
     count = jax.ShapeDtypeStruct((), jnp.int32)
     return TrainState(count, count, params, jax.eval_shape(optimizer.init, params))

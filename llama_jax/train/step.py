@@ -6,8 +6,7 @@ on the way in and on the way out.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,13 +14,12 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from llama_jax.build import ShardedLlama
-from llama_jax.data.batch import Batch
+from llama_jax.data.batch import AnyBatch
 from llama_jax.train.compiler import compiler_options
-from llama_jax.train.losses import chunked_next_token_loss, next_token_loss
+from llama_jax.train.objective import NextToken, Objective
 from llama_jax.train.state import TrainState, state_shardings
-from sharding import axes, context, per_device
+from sharding import axes, per_device
 from sharding.axes import Tree
-from sharding.mesh import axis_size
 
 
 @jax.tree_util.register_dataclass
@@ -30,22 +28,25 @@ class Measured:
     """What a step tells, all scalars on the device.
 
     Attributes:
-      loss: mean over the batch's tokens, nats.
+      loss: mean over what the batch teaches, nats.
       grad_norm: global norm of the gradient, before clipping.
       learning_rate: of this step.
-      num_tokens: sum of the batch's weights.
+      num_targets: the tokens that are predicted, or the comparisons; of a weighted
+        batch, the sum of its weights.
       applied: whether the update was good, and so was made.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
-    num_tokens: Float[Array, ""]
+    num_targets: Float[Array, ""]
     applied: Bool[Array, ""]
 
 
-TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Measured]]
-EvalStep = Callable[[Tree, Batch], tuple[Array, Array]]
+_NEXT_TOKEN = NextToken()
+
+TrainStep = Callable[[TrainState, AnyBatch], tuple[TrainState, Measured]]
+EvalStep = Callable[[Tree, AnyBatch], Mapping[str, Array]]
 
 
 def batch_sharding(sharded: ShardedLlama) -> jax.sharding.NamedSharding:
@@ -60,6 +61,7 @@ def make_train_step(
     *,
     accumulate: int,
     spike_norm: float | None,
+    objective: Objective = _NEXT_TOKEN,
 ) -> TrainStep:
     """The compiled step. It consumes the state it is given (donation).
 
@@ -70,11 +72,12 @@ def make_train_step(
       accumulate: parts of the batch that are worked off one after the other.
       spike_norm: gradient norm above which an update is not applied; one that is not
         finite never is.
+      objective: what is made small.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Measured]:
+    def step(state: TrainState, batch: AnyBatch) -> tuple[TrainState, Measured]:
         loss_sum, weight_sum, grads = _loss_and_grads(
-            sharded, state.params, batch, accumulate
+            sharded, objective, state.params, batch, accumulate
         )
         with jax.named_scope("optimizer"):
             # All tokens masked gives loss 0 and no gradient, not 0 / 0.
@@ -96,7 +99,7 @@ def make_train_step(
             loss=loss,
             grad_norm=grad_norm,
             learning_rate=jnp.float32(schedule(state.step - state.num_skipped)),
-            num_tokens=weight_sum,
+            num_targets=weight_sum,
             applied=good,
         )
         state = TrainState(
@@ -117,56 +120,16 @@ def make_train_step(
     )
 
 
-def make_eval_step(sharded: ShardedLlama) -> EvalStep:
-    """Compiled: the summed loss of one batch in nats, and the sum of its weights."""
-    everywhere = sharded.sharding()
+def make_eval_step(
+    sharded: ShardedLlama, objective: Objective = _NEXT_TOKEN
+) -> EvalStep:
+    """Compiled: what the objective measures of one batch, sums all of them."""
     return jax.jit(
-        lambda params, batch: _loss(sharded, params, batch),
+        lambda params, batch: objective.measure(sharded, params, batch),
         in_shardings=(sharded.param_shardings, batch_sharding(sharded)),
-        out_shardings=(everywhere, everywhere),
+        out_shardings=sharded.sharding(),
         compiler_options=compiler_options(sharded.mesh),
     )
-
-
-def _loss(sharded: ShardedLlama, params: Tree, batch: Batch) -> tuple[Array, Array]:
-    batch, positions_1T = _in_order(sharded, batch)
-    model, counted = sharded.model, (batch.targets, batch.weights)
-    read = {"params": params}, batch.tokens, batch.segments, positions_1T
-    if sharded.loss_chunks == 1:
-        logits_BTV: Any = model.apply(*read)
-        with jax.named_scope("loss"):
-            return next_token_loss(logits_BTV, *counted)
-    hidden_BTD: Any = model.apply(*read, method="hidden")
-    with jax.named_scope("loss"):
-        return chunked_next_token_loss(
-            hidden_BTD,
-            params["unembed"]["kernel"],
-            *counted,
-            chunks=sharded.loss_chunks,
-            parts=axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.VOCAB)),
-            constrain=model.constrain,
-        )
-
-
-def _in_order(sharded: ShardedLlama, batch: Batch) -> tuple[Batch, Array | None]:
-    """The batch in the order in which devices share a row, and its positions.
-
-    Done here and not where rows are read: some integers a step change places, and
-    everything outside of the program has rows as they are written.
-    """
-    parts = axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.SEQUENCE))
-    if parts == 1:
-        return batch, None
-    order_T = context.placement(batch.tokens.shape[1], parts)
-    constrain = sharded.model.constrain
-
-    def place(x_BT: Array) -> Array:
-        # Whole rows first: XLA aborts where it is to index a split row on a mesh of
-        # data x context x tensor.
-        x_BT = constrain(x_BT, axes.BATCH, None)[:, order_T]
-        return constrain(x_BT, axes.BATCH, axes.SEQUENCE)
-
-    return jax.tree.map(place, batch), jnp.asarray(order_T)[None]
 
 
 # Summed loss, summed weights, and the gradient of the summed loss.
@@ -174,7 +137,11 @@ _Sums = tuple[Array, Array, Tree]
 
 
 def _loss_and_grads(
-    sharded: ShardedLlama, params: Tree, batch: Batch, accumulate: int
+    sharded: ShardedLlama,
+    objective: Objective,
+    params: Tree,
+    batch: AnyBatch,
+    accumulate: int,
 ) -> _Sums:
     """The sums over the whole batch.
 
@@ -183,12 +150,12 @@ def _loss_and_grads(
     Within a replica the compiler splits the work, and scatters each part's gradients.
     """
 
-    def replica(params: Tree, batch: Batch) -> _Sums:
-        sums = _accumulated(sharded, params, batch, accumulate)
+    def replica(params: Tree, batch: AnyBatch) -> _Sums:
+        sums = _accumulated(sharded, objective, params, batch, accumulate)
         return jax.lax.psum(sums, axes.DATA)
 
     if sharded.mesh.shape[axes.DATA] == 1:
-        return _accumulated(sharded, params, batch, accumulate)
+        return _accumulated(sharded, objective, params, batch, accumulate)
     whole, rows = jax.P(), jax.P(axes.DATA)
     specs = (jax.tree.map(lambda _: whole, params), jax.tree.map(lambda _: rows, batch))
     out = (whole, whole, specs[0])
@@ -198,27 +165,31 @@ def _loss_and_grads(
 
 
 def _accumulated(
-    sharded: ShardedLlama, params: Tree, batch: Batch, accumulate: int
+    sharded: ShardedLlama,
+    objective: Objective,
+    params: Tree,
+    batch: AnyBatch,
+    accumulate: int,
 ) -> _Sums:
     specs = jax.tree.map(lambda sharding: sharding.spec, sharded.param_shardings)
 
-    def part(params: Tree, batch: Batch) -> _Sums:
+    def part(params: Tree, batch: AnyBatch) -> _Sums:
         (loss_sum, weight_sum), grads = jax.value_and_grad(
-            lambda params: _loss(sharded, params, batch), has_aux=True
+            lambda params: objective.loss(sharded, params, batch), has_aux=True
         )(params)
         return loss_sum, weight_sum, jax.lax.with_sharding_constraint(grads, specs)
 
     if accumulate == 1:
         return part(params, batch)
 
-    def add(total: _Sums, batch: Batch) -> tuple[_Sums, None]:
+    def add(total: _Sums, batch: AnyBatch) -> tuple[_Sums, None]:
         return jax.tree.map(jnp.add, total, part(params, batch)), None
 
     zeros = (jnp.float32(0), jnp.float32(0), jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zeros, _split(batch, accumulate))[0]
 
 
-def _split(batch: Batch, parts: int) -> Batch:
+def _split(batch: AnyBatch, parts: int) -> AnyBatch:
     """[B, T] arrays as [parts, B / parts, T], row by row in turn.
 
     Taking every `parts`-th row leaves each row on the device where it is.

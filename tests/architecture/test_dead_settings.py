@@ -11,7 +11,13 @@ import pytest
 from llama_jax.build import build_for
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import PretrainRecipe, SftRecipe, paper_optimizer
+from llama_jax.config.finetune import RewardConfig
+from llama_jax.config.recipe import (
+    PretrainRecipe,
+    RewardRecipe,
+    SftRecipe,
+    paper_optimizer,
+)
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import ConfigError
 from llama_jax.model import Llama, param_axes
@@ -239,6 +245,9 @@ def test_each_setting_of_several_hosts(monkeypatch):
     assert other.items() <= given.items()
 
 
-@pytest.mark.parametrize("config", [TrainConfig, DataConfig, PretrainRecipe, SftRecipe])
+@pytest.mark.parametrize(
+    "config",
+    [TrainConfig, DataConfig, PretrainRecipe, SftRecipe, RewardRecipe, RewardConfig],
+)
 def test_each_field_of_a_run_is_read_outside_of_the_configuration(config):
     assert _fields(config) - _attributes_read() == set()

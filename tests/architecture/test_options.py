@@ -9,12 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.cli import COMMANDS, chat, convert, data, generate, inspect, plan, train
-from llama_jax.config.recipe import PretrainRecipe, SftRecipe
+from llama_jax.config.recipe import PretrainRecipe, RewardRecipe, SftRecipe
 
 GOLDEN = Path(__file__).with_name("options.txt")
 OPTIONS = {
     "train": train.Options[PretrainRecipe],
     "train sft": train.Options[SftRecipe],
+    "train reward": train.Options[RewardRecipe],
     "plan": plan.Options,
     "generate": generate.Options,
     "chat": chat.Options,
@@ -23,6 +24,7 @@ OPTIONS = {
     "data tokenizer": data.TokenizerStep,
     "data prepare": data.PrepareStep,
     "data dialogs": data.DialogsStep,
+    "data comparisons": data.ComparisonsStep,
 }
 
 

@@ -12,7 +12,7 @@ from llama_jax import __version__
 from llama_jax.cli import COMMANDS, main
 from llama_jax.data.prepared import Prepared
 from tests import runs
-from tests.data import corpus, dialogs
+from tests.data import comparisons, corpus, dialogs
 
 ROOT = Path(__file__).parents[2]
 RECIPE = f"{ROOT}/configs/demo.py:small"
@@ -148,9 +148,13 @@ import dataclasses
 from llama_jax.config.recipe import load_recipe
 from tests import runs
 
+MODEL = dataclasses.replace(load_recipe({RECIPE!r}).model, vocab_size=400, dim=48)
+
 def small():
-    model = dataclasses.replace(load_recipe({RECIPE!r}).model, vocab_size=400, dim=48)
-    return dataclasses.replace(runs.sft_recipe("rows", 64), model=model)
+    return dataclasses.replace(runs.sft_recipe("rows", 64), model=MODEL)
+
+def reward():
+    return dataclasses.replace(runs.reward_recipe("rows", 128), model=MODEL)
 """
 
 
@@ -178,6 +182,39 @@ def test_the_commands_of_fine_tuning(trained, tmp_path, capsys):
     assert "Talk to it: llama-jax chat" in capsys.readouterr().out
 
 
+def test_the_commands_of_reward_models(trained, tmp_path, capsys):
+    files = [
+        comparisons.write(
+            tmp_path / f"{name}.jsonl", comparisons.comparisons(num, seed=num)
+        )
+        for name, num in (("train", 40), ("validation", 9))
+    ]
+    argv = ["data", "comparisons", "--train", str(files[0])]
+    argv += ["--validation", str(files[1]), "--output", str(tmp_path / "rows")]
+    argv += ["--tokenizer", str(trained.parent / "tokenizer.model")]
+    argv += ["--row-length", "128"]
+    assert main([*argv, "--dry-run"]) == 0
+    assert not (tmp_path / "rows").exists()
+    assert main(argv) == 0
+    assert "of 3 more the unsafe answer was chosen" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "rows")]) == 0
+    assert "8 comparisons" in capsys.readouterr().out
+
+    (tmp_path / "tuning.py").write_text(TUNING)
+    run = str(tmp_path / "run")
+    argv = ["train", f"{tmp_path}/tuning.py:reward", "--workdir", run]
+    argv += ["--data.paths", str(tmp_path / "rows"), "--init-from", str(trained)]
+    assert main([*argv, "--dry-run"]) == 0
+    assert "1,024 tokens a step, 3 epochs" in capsys.readouterr().out
+    assert main([*argv, "--epochs", "1"]) == 0
+    assert "of pairs in order" in (said := capsys.readouterr().out)
+    assert f"load_reward({run!r})" in said
+    assert main(["inspect", run, "--verify"]) == 0
+    assert "all weights can be read" in " ".join(capsys.readouterr().out.split())
+    assert main(["generate", run, "--prompt", "ba"]) == 1
+    assert "is a reward model, which scores answers" in capsys.readouterr().err
+
+
 def test_data_dry_runs_write_nothing(documents, tmp_path, capsys):
     output = tmp_path / "new"
     argv = ["data", "tokenizer", "--train", f"{documents}/train.jsonl"]
@@ -199,6 +236,7 @@ def test_progress_is_plain_lines_away_from_a_terminal(trained, capsys):
 
     with training_progress(runs.NUM_STEPS) as watch:
         watch({"step": 4, "validation_loss": 2.0})
+        watch({"step": 4, "validation_loss": 0.5, "accuracy": 0.75})
         watch(
             {
                 "step": 5,
@@ -211,6 +249,8 @@ def test_progress_is_plain_lines_away_from_a_terminal(trained, capsys):
         )
     lines = capsys.readouterr().out.splitlines()
     assert "step 4: validation loss 2.0000 nats per token" in lines
+    pairs = "step 4: validation loss 0.5000 nats per pair, 75.0% of pairs in order"
+    assert pairs in lines
     assert any(
         "step 5/8  loss 1.2500" in line and "1,234 tokens/s  MFU 50.0%" in line
         for line in lines

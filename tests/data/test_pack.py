@@ -3,7 +3,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_jax.data.pack import pack, pack_whole
-from llama_jax.text import Example
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=8)
 
@@ -25,29 +24,34 @@ def test_a_document_longer_than_many_rows():
     np.testing.assert_array_equal(rows[-1], np.arange(990, 1000))
 
 
-def example(number: int, size: int) -> Example:
-    return Example([number] * size, [True] * size)
+def piece(number: int, size: int) -> np.ndarray:
+    return np.full(size, number)
 
 
 @given(st.lists(st.integers(1, 9), max_size=900))
-def test_dialogs_stay_whole_and_each_comes_once(sizes):
-    examples = [example(i, size) for i, size in enumerate(sizes)]
-    rows = list(pack_whole(examples, row_length=8))
-    assert sorted(e.tokens[0] for row in rows for e in row) == list(range(len(sizes)))
-    assert all(0 < sum(len(e.tokens) for e in row) <= 9 for row in rows)
+def test_pieces_stay_whole_and_each_comes_once(sizes):
+    pieces = [piece(i, size) for i, size in enumerate(sizes)]
+    rows = list(pack_whole(pieces, room=9))
+    assert all(0 < len(row) <= 9 for row in rows)
+    found = [
+        (int(run[0]), len(run))
+        for row in rows
+        for run in np.split(row, np.flatnonzero(np.diff(row)) + 1)
+    ]
+    assert sorted(found) == list(enumerate(sizes))
 
 
 def test_rows_are_nearly_full():
     """Of dialogs as long as a tenth of a row to half of it, in any order."""
     draw = np.random.default_rng(0)
-    examples = [example(i, draw.integers(400, 2000)) for i in range(3000)]
-    rows = list(pack_whole(examples, row_length=4096))
-    used = sum(len(e.tokens) for e in examples) / (4097 * len(rows))
+    pieces = [piece(i, draw.integers(400, 2000)) for i in range(3000)]
+    rows = list(pack_whole(pieces, room=4097))
+    used = sum(map(len, pieces)) / (4097 * len(rows))
     assert used > 0.96
 
 
 def test_a_full_row_does_not_wait_for_more():
-    examples = (example(i, 9) for i in range(9))
-    rows = pack_whole(examples, row_length=8)
-    assert [next(rows)[0].tokens[0] for _ in range(3)] == [0, 1, 2]
-    assert next(examples).tokens[0] == 3
+    pieces = (piece(i, 9) for i in range(9))
+    rows = pack_whole(pieces, room=9)
+    assert [next(rows)[0] for _ in range(3)] == [0, 1, 2]
+    assert next(pieces)[0] == 3

@@ -196,7 +196,7 @@ from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.train import loop, pretrain
 owner, name = {{"compile": (pretrain, "make_train_step"),
                "restore": (pretrain, "_restore_or"),
-               "validate": (loop, "validation_loss"),
+               "validate": (loop, "validate"),
                "save": (RunCheckpoints, "save")}}[{moment!r}]
 work = getattr(owner, name)
 def first(*args, **kwargs):

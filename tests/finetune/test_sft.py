@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 
 import llama_jax
-from llama_jax.build import build
-from llama_jax.checkpoint.params import save_params
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import SftRecipe, paper_sft
 from llama_jax.data import DialogLines, prepare_dialogs
@@ -20,7 +18,7 @@ from llama_jax.finetune.sft import sft
 from llama_jax.text import encode_example
 from llama_jax.train.metrics import METRICS, read_metrics
 from llama_jax.train.pretrain import pretrain
-from sharding import MeshConfig, make_mesh, training_rules
+from sharding import MeshConfig
 from tests import runs
 from tests.data import corpus
 from tests.data.dialogs import LENGTH, dialogs, prepare_chats, write
@@ -30,24 +28,8 @@ MESH = MeshConfig(fsdp=4, tensor=2)
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory):
-    return corpus.make_tokenizer(tmp_path_factory.mktemp("tokenizer"))
-
-
-@pytest.fixture(scope="module")
 def chats(tmp_path_factory, tokenizer):
     return prepare_chats(tmp_path_factory.mktemp("chats"), tokenizer, num=200)
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory, tokenizer):
-    """A model that nobody trained, with its tokenizer."""
-    path = tmp_path_factory.mktemp("base") / "params"
-    config = runs.recipe("data").model
-    rules = training_rules(sequence_parallel=False)
-    model = build(config, make_mesh(MESH), rules, dtype="float32", remat="none")
-    save_params(path, model.init(seed=3), config, tokenizer)
-    return path
 
 
 def recipe(data, **changes) -> SftRecipe:
@@ -55,9 +37,9 @@ def recipe(data, **changes) -> SftRecipe:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, chats, base):
+def whole(tmp_path_factory, chats, untrained):
     workdir = tmp_path_factory.mktemp("whole")
-    assert sft(recipe(chats), workdir, init_from=base)
+    assert sft(recipe(chats), workdir, init_from=untrained)
     return workdir
 
 
@@ -103,12 +85,12 @@ def test_epochs_become_steps(whole, chats):
     assert json.loads(saved.read_text())["train"]["num_steps"] == last
 
 
-def test_stopped_and_resumed_is_bit_exact(whole, chats, base, tmp_path):
+def test_stopped_and_resumed_is_bit_exact(whole, chats, untrained, tmp_path):
     def stop(record):
         if record["step"] == 5 and "loss" in record:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert not sft(recipe(chats), tmp_path, init_from=base, watch=stop)
+    assert not sft(recipe(chats), tmp_path, init_from=untrained, watch=stop)
     assert sft(recipe(chats), tmp_path)
     last = read_metrics(whole / METRICS)[-1]["step"]
     for item in ("params", "optimizer"):
@@ -132,16 +114,18 @@ def test_a_run_of_another_stage_is_not_gone_on_with(whole, chats, tokenizer, tmp
         sft(recipe(chats), tmp_path / "run", init_from=whole)
 
 
-def test_something_has_to_be_held_out(tokenizer, base, tmp_path):
+def test_something_has_to_be_held_out(tokenizer, untrained, tmp_path):
     file = write(tmp_path / "a.jsonl", dialogs(40))
     prepared = prepare_dialogs(
         {"train": [DialogLines(file)]}, tokenizer, tmp_path / "rows", row_length=LENGTH
     )
     with pytest.raises(DataError, match=r"has no split 'validation': it has 'train'"):
-        sft(recipe(prepared), tmp_path / "run", init_from=base)
+        sft(recipe(prepared), tmp_path / "run", init_from=untrained)
 
 
-def test_each_stage_refuses_the_data_of_the_other(chats, tokenizer, base, tmp_path):
+def test_each_stage_refuses_the_data_of_the_other(
+    chats, tokenizer, untrained, tmp_path
+):
     pretraining = runs.changed(
         runs.recipe(chats.path, mesh=MESH), "data", sequence_length=LENGTH
     )
@@ -151,7 +135,7 @@ def test_each_stage_refuses_the_data_of_the_other(chats, tokenizer, base, tmp_pa
     tuning = recipe(documents)
     tuning = runs.changed(tuning, "data", sequence_length=corpus.LENGTH)
     with pytest.raises(DataError, match=r"holds documents, and supervised fine-tuning"):
-        sft(tuning, tmp_path / "run", init_from=base)
+        sft(tuning, tmp_path / "run", init_from=untrained)
 
 
 @pytest.mark.parametrize("epochs, steps", [(None, 0), (1, 10)])
@@ -163,10 +147,11 @@ def test_steps_or_epochs(chats, epochs, steps):
         recipe(chats, epochs=0)
 
 
-def test_epochs_are_of_one_data_set(chats):
-    data = dataclasses.replace(recipe(chats).data, paths=("a", "b"), weights=(1.0, 1.0))
-    with pytest.raises(ConfigError, match=r"data.paths are 2, which are drawn from by"):
-        dataclasses.replace(recipe(chats), data=data)
+def test_epochs_are_those_of_the_first_data_set(chats):
+    """Of the others as many rows are drawn as their weights say."""
+    data = dataclasses.replace(recipe(chats).data, paths=("a", "b"), weights=(9.0, 1.0))
+    mixed = dataclasses.replace(recipe(chats), data=data).with_steps(720)
+    assert mixed.train.num_steps * 8 == 3 * 720 * 10 / 9
 
 
 def test_pretraining_counts_steps(chats):

@@ -6,6 +6,8 @@ import pytest
 
 from tests.scripts.documents import make_place
 
+PATHS = ("configs", "corpus", "dialogs", "comparisons", "llama-2-7b", "runs/demo")
+
 
 @pytest.fixture(scope="session")
 def prepared_place(tmp_path_factory) -> Path:
@@ -16,7 +18,7 @@ def prepared_place(tmp_path_factory) -> Path:
 def place(prepared_place, tmp_path, monkeypatch) -> Path:
     """The working directory: what documents name is there, what they write is gone."""
     (tmp_path / "runs").mkdir()
-    for name in ("configs", "corpus", "dialogs", "llama-2-7b", "runs/demo"):
+    for name in PATHS:
         (tmp_path / name).symlink_to(prepared_place / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path

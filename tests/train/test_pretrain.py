@@ -55,7 +55,7 @@ def test_a_run_learns_and_says_how(whole):
     assert measured[8]["loss"] < measured[1]["loss"] - 0.3
     assert all(r["applied"] and r["grad_norm"] > 0 for r in measured.values())
     assert measured[2]["learning_rate"] == pytest.approx(5e-3)
-    assert measured[8]["num_tokens"] == 8 * 16
+    assert measured[8]["num_targets"] == 8 * 16
     assert measured[3]["tokens_per_second"] > 0
     records = read_metrics(whole / METRICS)
     assert [r["step"] for r in records if "validation_loss" in r] == [4, 8]
@@ -357,7 +357,7 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(
     """SIGTERM comes inside the named work, for the first time that it is done."""
     owner, name = {
         "compile": (running, "make_train_step"),
-        "validate": (loop, "validation_loss"),
+        "validate": (loop, "validate"),
         "save": (RunCheckpoints, "save"),
     }[moment]
     work = getattr(owner, name)

@@ -91,7 +91,7 @@ def test_a_step_lowers_the_loss_and_keeps_count(step, state):
     assert losses[0] == losses[1], "the first rate is 0"
     assert losses[3] < losses[2] < losses[1]
     np.testing.assert_allclose(rates, [0, 0.0025, 0.005, 0.0075], rtol=1e-6)
-    assert float(measured.num_tokens) == 64
+    assert float(measured.num_targets) == 64
     assert (int(state.step), int(state.num_skipped)) == (4, 0)
     assert int(optax.tree_utils.tree_get(state.opt_state, "count", None, _is_adam)) == 4
 
@@ -169,7 +169,7 @@ def test_a_batch_with_every_token_masked(step, state):
     state, _ = step(state, _batch())
     state, measured = step(state, _weighing(np.zeros((8, 8))))
     assert (float(measured.loss), float(measured.grad_norm)) == (0, 0)
-    assert float(measured.num_tokens) == 0
+    assert float(measured.num_targets) == 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(_host(state.params)))
 
 
@@ -179,12 +179,13 @@ def test_evaluation_gives_sums(sharded, params):
     weights[2:] = 0
     with jax.set_mesh(sharded.mesh):
         placed = jax.device_put(params, sharded.param_shardings)
-        whole, whole_count = evaluate(placed, _batch())
-        part, part_count = evaluate(placed, _weighing(weights))
-        rest, rest_count = evaluate(placed, _weighing(1 - weights))
-    assert (float(whole_count), float(part_count), float(rest_count)) == (64, 16, 48)
-    assert float(part) + float(rest) == pytest.approx(float(whole), rel=1e-6)
-    assert float(whole) / 64 == pytest.approx(np.log(256), rel=0.02)
+        whole, part, rest = (
+            jax.device_get(evaluate(placed, batch))
+            for batch in (_batch(), _weighing(weights), _weighing(1 - weights))
+        )
+    assert [sums["weight"] for sums in (whole, part, rest)] == [64, 16, 48]
+    assert part["loss"] + rest["loss"] == pytest.approx(whole["loss"], rel=1e-6)
+    assert whole["loss"] / 64 == pytest.approx(np.log(256), rel=0.02)
 
 
 def test_evaluation_with_the_loss_in_chunks(sharded, params):
@@ -193,7 +194,7 @@ def test_evaluation_with_the_loss_in_chunks(sharded, params):
         evaluate = make_eval_step(dataclasses.replace(sharded, loss_chunks=chunks))
         with jax.set_mesh(sharded.mesh):
             placed = jax.device_put(params, sharded.param_shardings)
-            totals.append(float(evaluate(placed, _batch())[0]))
+            totals.append(float(evaluate(placed, _batch())["loss"]))
     assert totals[1] == pytest.approx(totals[0], rel=1e-6)
 
 
