@@ -1,0 +1,285 @@
+"""Ghost Attention: the recipe of its data, and how its effect is measured."""
+
+import json
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import llama_jax
+from llama_jax.data import DialogLines
+from llama_jax.errors import ConfigError, DataError, DialogError, GenerationError
+from llama_jax.finetune.gatt import (
+    FIGURE,
+    HOBBY,
+    LANGUAGE,
+    Instruction,
+    Trait,
+    attach,
+    attention_map,
+    consistency,
+    ghost,
+    ghost_rows,
+    synthesise,
+)
+from llama_jax.text import encode_dialog
+from tests.finetune.scripted import Scripted, assistant, system, user
+from tests.generate.models import LONG, llm, tokenizer
+
+NAPOLEON = Instruction(((FIGURE, "Napoleon"),), is_short=False)
+TENNIS = Instruction(((FIGURE, "Ada"), (HOBBY, "tennis")), is_short=True)
+VALUES = {FIGURE: ["Napoleon", "Ada"], HOBBY: ["tennis"], LANGUAGE: ["French"]}
+
+
+TWO_TURNS = [user("Hi"), assistant("Hello"), user("Who?"), assistant("Me")]
+
+
+def first(dialog, candidates):
+    return 0
+
+
+def rows(speaker, dialogs, instructions, **changes):
+    options = {
+        "choose": first,
+        "num_samples": 1,
+        "max_new_tokens": 8,
+        "sampler": llama_jax.Greedy(),
+    }
+    return list(ghost_rows(speaker, dialogs, instructions, **(options | changes)))
+
+
+def test_the_papers_wordings():
+    assert NAPOLEON.text == "Always act as Napoleon from now."
+    assert Instruction(NAPOLEON.parts, is_short=True).text == "Figure: Napoleon."
+    assert TENNIS.text == "Figure: Ada. Hobby: tennis."
+    assert TENNIS.values == {"figure": "Ada", "hobby": "tennis"}
+
+
+def test_instructions_combine_classes_at_random_and_half_are_short():
+    drawn = synthesise(random.Random(0), VALUES, 7000)
+    assert drawn == synthesise(random.Random(0), VALUES, 7000)
+    combinations = Counter(tuple(made.values) for made in drawn)
+    assert len(combinations) == 7  # each but none
+    assert all(abs(n - 1000) < 150 for n in combinations.values())
+    assert abs(sum(made.is_short for made in drawn) - 3500) < 150
+    figures = Counter(made.values.get("figure") for made in drawn)
+    assert abs(figures["Napoleon"] - figures["Ada"]) < 250
+    for share in (0, 1):
+        made = synthesise(random.Random(0), VALUES, 50, short_share=share)
+        assert {one.is_short for one in made} == {bool(share)}
+
+
+@pytest.mark.parametrize(
+    "values, share, message",
+    [
+        ({}, 0.5, "values is empty: give at least one class"),
+        ({HOBBY: []}, 0.5, "the class 'hobby' has no values"),
+        ({Trait("x", "Be {}.", "Be."): ["a"]}, 0.5, "a wording without {}"),
+        ({HOBBY: ["a"]}, 1.5, "short_share is 1.5: it is a share, from 0 to 1"),
+    ],
+)
+def test_what_cannot_be_combined(values, share, message):
+    with pytest.raises(ConfigError, match=message):
+        synthesise(random.Random(0), values, 1, short_share=share)
+
+
+def test_attached_to_every_question_and_kept_in_the_first_turn_alone():
+    said = "Always act as Napoleon from now."
+    assert attach([system("S"), *TWO_TURNS], NAPOLEON) == [
+        system("S"),
+        user(f"{said} Hi"),
+        assistant("Hello"),
+        user(f"{said} Who?"),
+        assistant("Me"),
+    ]
+    row = ghost(TWO_TURNS, NAPOLEON)
+    assert row == {"messages": [system(said), *TWO_TURNS], "learn": "last"}
+    row = ghost([system("S"), *TWO_TURNS], NAPOLEON)
+    assert row["messages"] == [system(f"S\n{said}"), *TWO_TURNS]
+    with pytest.raises(DialogError, match="Last message must be from assistant"):
+        ghost(TWO_TURNS[:-1], NAPOLEON)
+
+
+def test_rows_are_lines_that_data_reads(tmp_path):
+    speaker = Scripted(lambda prompt, seed: "Bonjour")
+    made = rows(speaker, [TWO_TURNS], [NAPOLEON])
+    file = tmp_path / "gatt.jsonl"
+    file.write_text("".join(f"{json.dumps(row)}\n" for row in made))
+    (dialog,) = DialogLines(file)
+    assert dialog == (
+        [system(NAPOLEON.text), *TWO_TURNS[:3], assistant("Bonjour")],
+        "last",
+    )
+
+
+@pytest.mark.parametrize("resample", ["last", "all"])
+def test_which_answers_are_sampled(resample):
+    """The model reads the instruction with every question, in the row it is once."""
+    speaker = Scripted(lambda prompt, seed: f"answer {prompt.count('[/INST]')}")
+    dialogs = [TWO_TURNS, [user("Why?")], [system("S"), *TWO_TURNS[:3]]]
+    made = rows(
+        speaker, dialogs, [NAPOLEON, TENNIS, NAPOLEON], resample=resample, batch_size=2
+    )
+    before = "answer 1" if resample == "all" else "Hello"
+    said = NAPOLEON.text
+    turns = [user("Hi"), assistant(before), user("Who?"), assistant("answer 2")]
+    assert [row["messages"] for row in made] == [
+        [system(said), *turns],
+        [system(TENNIS.text), user("Why?"), assistant("answer 1")],
+        [system(f"S\n{said}"), *turns],
+    ]
+    assert {row["learn"] for row in made} == {"last"}
+    last = f"[INST] {said} Hi [/INST] {before}  [INST] {said} Who? [/INST]"
+    assert last in speaker.asked
+    assert len(speaker.asked) == (5 if resample == "all" else 3)
+
+
+def test_the_best_of_several_is_chosen_by_who_sees_the_instruction():
+    seen = []
+
+    def choose(dialog, candidates):
+        seen.append((dialog[-1]["content"], len(candidates)))
+        return candidates.index(max(candidates))
+
+    answers = {"0/0": "b", "0/1": "c", "0/2": "a"}
+    speaker = Scripted(lambda prompt, seed: answers[seed])
+    (row,) = rows(speaker, [TWO_TURNS], [NAPOLEON], choose=choose, num_samples=3)
+    assert row["messages"][-1] == assistant("c")
+    assert seen == [(f"{NAPOLEON.text} Who?", 3)]
+    with pytest.raises(DataError, match="choose gave 3 for 3 answers"):
+        rows(speaker, [TWO_TURNS], [NAPOLEON], num_samples=3, choose=lambda *_: 3)
+
+
+def test_draws_follow_the_dialogs_number_and_the_seed():
+    speaker = Scripted(lambda prompt, seed: seed)
+    dialogs, instructions = [TWO_TURNS] * 3, [NAPOLEON] * 3
+    made = rows(speaker, dialogs, instructions, seed=1)
+    assert made == rows(speaker, dialogs, instructions, seed=1, batch_size=1)
+    answers = [row["messages"][-1]["content"] for row in made]
+    assert len(set(answers)) == 3
+    other = rows(speaker, dialogs, instructions, seed=2)
+    assert not set(answers) & {row["messages"][-1]["content"] for row in other}
+
+
+@pytest.mark.parametrize(
+    "bad", [("cut", "length"), "", "see [INST]", "nul \0"], ids=repr
+)
+def test_answers_that_cannot_be_learnt_are_left_out(bad, caplog):
+    speaker = Scripted(lambda prompt, seed: bad if seed.endswith("/0") else "good")
+    (row,) = rows(speaker, [TWO_TURNS], [NAPOLEON], num_samples=2)
+    assert row["messages"][-1] == assistant("good")
+    assert not caplog.records
+    two = [TWO_TURNS, [user("Why?")]]
+    never = Scripted(lambda prompt, seed: bad if "Who" in prompt else "good")
+    made = rows(never, two, [NAPOLEON] * 2, resample="all")
+    assert [row["messages"][-1] for row in made] == [assistant("good")]
+    assert "1 of 2 dialogs gave no row" in caplog.text
+
+
+def test_dialogs_that_outgrow_the_context_are_left_out(caplog):
+    ids = encode_dialog(tokenizer(), attach(TWO_TURNS[:3], NAPOLEON))
+    for slots, num in ((len(ids), 0), (len(ids) + 1, 1)):
+        speaker = Scripted(lambda prompt, seed: "good", slots=slots)
+        assert len(rows(speaker, [TWO_TURNS], [NAPOLEON])) == num
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"resample": "first"}, ConfigError, "resample is 'first': give 'last' or"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0: it has to be positive"),
+    ],
+)
+def test_what_is_no_choice(changes, error, message):
+    with pytest.raises(error, match=message):
+        rows(None, [TWO_TURNS], [NAPOLEON], **changes)
+
+
+def test_what_is_no_dialog_is_said_before_anything_is_sampled():
+    speaker = Scripted(lambda prompt, seed: "good")
+    with pytest.raises(DataError, match="instructions are 1 and dialogs 2"):
+        rows(speaker, [TWO_TURNS] * 2, [NAPOLEON])
+    with pytest.raises(DialogError, match=r"dialogs\[1\]: the dialog is empty"):
+        rows(speaker, [TWO_TURNS, []], [NAPOLEON] * 2)
+    with pytest.raises(DialogError, match=r"dialogs\[0\]: .* message 1 is from 'assi"):
+        rows(speaker, [[assistant("a")] * 2], [NAPOLEON])
+    assert not speaker.asked
+    with pytest.raises(GenerationError, match="without one: load it with tokenizer"):
+        rows(llm(speaks=False), [TWO_TURNS], [NAPOLEON])
+
+
+def test_a_model_answers_its_own_dialogs():
+    """Ids, lengths and seeds are those that a real model takes."""
+    speaker = llm(config=LONG)
+    options = {
+        "num_samples": 2,
+        "sampler": llama_jax.TopP(1.0, temperature=1.0),
+        "max_new_tokens": 400,
+        "choose": lambda dialog, candidates: len(candidates) - 1,
+    }
+    dialogs = [TWO_TURNS, TWO_TURNS[:1]]
+    made = rows(speaker, dialogs, [NAPOLEON, TENNIS], **options)
+    assert made == rows(speaker, dialogs, [NAPOLEON, TENNIS], **options, batch_size=1)
+    assert all(row["messages"][-1]["role"] == "assistant" for row in made)
+
+
+def test_consistency_is_counted_by_turn():
+    """The instruction is said once; the model reads its own answers."""
+    speaker = Scripted(
+        lambda prompt, seed: "I am Napoleon" if prompt.count("[/INST]") < 3 else "Me"
+    )
+    questions = [["Hi?", "Who?", "Name?"], ["Hi!", "Name?", "Who?"]]
+    told = consistency(
+        speaker,
+        [NAPOLEON, TENNIS],
+        questions,
+        lambda instruction, question, answer: instruction.values["figure"] in answer,
+        max_new_tokens=8,
+    )
+    assert told.kept.tolist() == [[True, True, False], [False, False, False]]
+    assert told.accuracy.tolist() == [0.5, 0.5, 0.0]
+    assert told.dialogs[0] == [
+        system(NAPOLEON.text),
+        user("Hi?"),
+        assistant("I am Napoleon"),
+        user("Who?"),
+        assistant("I am Napoleon"),
+        user("Name?"),
+        assistant("Me"),
+    ]
+    assert len(speaker.asked) == 6
+
+
+def test_an_answer_that_forges_a_dialog_is_not_read_again():
+    speaker = Scripted(lambda prompt, seed: "[INST] Napoleon")
+    told = consistency(
+        speaker, [NAPOLEON], [["a", "b"]], lambda *_: True, max_new_tokens=8
+    )
+    assert told.dialogs[0][2] == assistant("")
+    assert told.kept.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize("questions", [[["a"], ["a", "b"]], [[], []]])
+def test_dialogs_of_several_lengths_are_not_compared(questions):
+    with pytest.raises(DataError, match="equally many questions, one or more"):
+        consistency(None, [NAPOLEON] * 2, questions, lambda *_: True, max_new_tokens=8)
+
+
+def test_the_map_is_the_highest_attention_of_the_whole_network():
+    speaker = llm(config=LONG)
+    ids = encode_dialog(speaker.tokenizer, TWO_TURNS[:3])
+    weights = speaker.attention(ids)
+    size = len(ids)
+    expected = np.zeros((-(-size // 4),) * 2, np.float32)
+    for i in range(size):
+        for j in range(size):
+            bins = i // 4, j // 4
+            expected[bins] = max(expected[bins], weights[:, :, i, j].max())
+    found = attention_map(speaker, ids, bin_size=4)
+    np.testing.assert_array_equal(found, expected)
+    assert np.all(found[np.triu_indices(len(found), 1)] == 0)
+    assert found[0, 0] == pytest.approx(1)
+    with pytest.raises(ConfigError, match="bin_size is 0: it has to be positive"):
+        attention_map(speaker, ids, bin_size=0)
