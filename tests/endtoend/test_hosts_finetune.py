@@ -3,40 +3,50 @@
 import numpy as np
 import pytest
 
-from llama_jax.build import build
-from llama_jax.checkpoint.params import save_params
+from llama_jax.finetune.reward import train_reward
 from llama_jax.finetune.sft import sft
 from llama_jax.train.metrics import METRICS, read_metrics
-from sharding import make_mesh, training_rules
 from tests import runs
-from tests.data import corpus
-from tests.data.dialogs import LENGTH, prepare_chats
+from tests.data import comparisons, corpus, dialogs
+from tests.data.comparisons import prepare_pairs
+from tests.data.dialogs import prepare_chats
 from tests.endtoend.jobs import TRAIN, Job
+from tests.finetune.conftest import save_untrained
 from tests.parity import tolerances
 
 pytestmark = pytest.mark.slow
 
 
+STAGES = {
+    "sft": (sft, prepare_chats, runs.sft_recipe, dialogs.LENGTH),
+    "reward": (train_reward, prepare_pairs, runs.reward_recipe, comparisons.LENGTH),
+}
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def stage(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """Rows of dialogs, a model that nobody trained, and a recipe for both."""
-    place = tmp_path_factory.mktemp("place")
+def place(tmp_path_factory, stage):
+    """Rows, a model that nobody trained, and a recipe for both."""
+    _, prepare, _, length = STAGES[stage]
+    place = tmp_path_factory.mktemp(stage)
     tokenizer = corpus.make_tokenizer(place)
-    prepare_chats(place, tokenizer)
-    tuning = recipe(place)
-    rules = training_rules(sequence_parallel=False)
-    mesh = make_mesh(tuning.mesh)
-    model = build(tuning.model, mesh, rules, dtype="float32", remat="none")
-    save_params(place / "base", model.init(seed=3), tuning.model, tokenizer)
+    prepare(place, tokenizer, length=length)
+    save_untrained(place / "base", tokenizer)
     (place / "recipe.py").write_text(
-        "from tests import runs\n\n\n"
-        f"def tiny():\n    return runs.sft_recipe({str(place / 'rows')!r}, {LENGTH})\n"
+        "from tests.endtoend.test_hosts_finetune import recipe\n\n\n"
+        f"def tiny():\n    return recipe({stage!r}, {str(place)!r})\n"
     )
     return place
 
 
-def recipe(place):
-    return runs.sft_recipe(place / "rows", LENGTH)
+def recipe(stage, place):
+    """Small steps: larger ones let the rounding of sums grow from one to the next."""
+    _, _, made, length = STAGES[stage]
+    return runs.changed(made(f"{place}/rows", length), "optimizer", peak_lr=1e-3)
 
 
 def argv(place, workdir) -> list[str]:
@@ -49,8 +59,10 @@ def losses(workdir) -> dict[int, float]:
     return {r["step"]: r["loss"] for r in records if "loss" in r}
 
 
-def test_two_hosts_fine_tune_as_one(place, tmp_path):
-    assert sft(recipe(place), tmp_path / "one", init_from=place / "base")
+def test_two_hosts_fine_tune_as_one(stage, place, tmp_path):
+    train, *_ = STAGES[stage]
+    one = recipe(stage, place)
+    assert train(one, tmp_path / "one", init_from=place / "base")
     words = argv(place, tmp_path / "two")
     with Job(tmp_path / "logs", words, words) as job:
         assert job.ends() == [0, 0], job.everything()
