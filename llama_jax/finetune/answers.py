@@ -73,9 +73,21 @@ def can_be_learnt(answer: str) -> bool:
 
     A model can write all of these, and `data.DialogLines` refuses them.
     """
-    question = {"role": "user", "content": "?"}
     try:
-        require_example([question, {"role": "assistant", "content": answer}])
+        require_learnable([{"role": "user", "content": "?"}], answer)
     except DialogError:
         return False
-    return "\0" not in answer
+    return True
+
+
+def require_learnable(dialog: Sequence[Message], answer: str) -> None:
+    """Check that a file of dialogs may hold a dialog with this answer.
+
+    Raises:
+      DialogError: it is none, or has a message that is empty or holds a tag or NUL.
+    """
+    whole = [*dialog, {"role": "assistant", "content": answer}]
+    require_example(whole)
+    for number, message in enumerate(whole, start=1):
+        if "\0" in message["content"]:
+            raise DialogError(f"message {number} holds NUL: it is no text.")

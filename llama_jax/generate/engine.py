@@ -224,7 +224,10 @@ class Engine:
 
         def named(x: jax.Array, axes: AxisNames) -> jax.Array:
             layout = self.sharded.sharding(*axes)
-            return x if x.sharding == layout else jax.device_put(x, layout)
+            if x.sharding == layout:
+                return x
+            # Not by `device_put`, which takes no layout with devices of other hosts.
+            return jax.jit(_same, out_shardings=layout)(x)
 
         small = jax.tree.map(
             lambda x: named(x, ()), dataclasses.replace(state, cache=())
@@ -240,6 +243,10 @@ class Engine:
         del spare
         with jax.set_mesh(self.sharded.mesh):
             return _empty_cache(self.decoder, num_rows, self.slots, self.cache_dtype)
+
+
+def _same(x: jax.Array) -> jax.Array:
+    return x
 
 
 def _for_all_rows(allowed: Mask | None, num_rows: int) -> Mask | None:
