@@ -15,7 +15,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 from sharding.errors import ShardingError
 
 _log = logging.getLogger(__name__)
+
+_Results = TypeVar("_Results")
 
 _CACHE_DIR = "jax_compilation_cache_dir"
 
@@ -240,21 +242,28 @@ def any_host(yes: bool, *, after: Any = None) -> jax.Array | bool:
 
     Args:
       yes: what this host says.
-      after: results that are still being computed. A chip runs programs one after the
-        other. CPUs do not, and gloo, which joins them, takes the messages of one
-        program for those of another; so there these are waited for.
+      after: results that are still being computed, see `in_turn`.
     """
     if jax.process_count() == 1:
         return yes
     mesh, count = _ballot()
     split = jax.sharding.NamedSharding(mesh, jax.P("device"))
     votes = np.full(jax.local_device_count(), yes)
-    on_cpu = jax.default_backend() == "cpu"
-    if on_cpu:
-        jax.block_until_ready(after)
+    in_turn(after)
     with jax.set_mesh(mesh):
-        answer = count(jax.make_array_from_process_local_data(split, votes))
-    return jax.block_until_ready(answer) if on_cpu else answer
+        return in_turn(count(jax.make_array_from_process_local_data(split, votes)))
+
+
+def in_turn(results: _Results) -> _Results:
+    """What a program computes, before another begins that does not depend on it.
+
+    A chip runs programs one after the other. CPUs do not, and gloo, which joins those
+    of several hosts, takes the messages of one program for those of another; so there
+    the results are waited for.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        return jax.block_until_ready(results)
+    return results
 
 
 @functools.cache

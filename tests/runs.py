@@ -10,8 +10,9 @@ import orbax.checkpoint as ocp
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.finetune import RewardConfig
+from llama_jax.config.finetune import PpoConfig, RewardConfig
 from llama_jax.config.recipe import (
+    PpoRecipe,
     PretrainRecipe,
     RewardRecipe,
     SftRecipe,
@@ -73,6 +74,41 @@ def reward_recipe(data: str | Path, length: int) -> RewardRecipe:
     fields = {f.name: getattr(like, f.name) for f in dataclasses.fields(like)}
     return RewardRecipe(
         **fields, reward=RewardConfig(margin="small", safety_weight=0.5)
+    )
+
+
+def ppo_recipe(
+    data: str | Path, length: int, *, helpfulness: str | Path, safety: str | Path
+) -> PpoRecipe:
+    """Two iterations of four steps; validation and a checkpoint after each."""
+    like = recipe(data)
+    return PpoRecipe(
+        model=like.model,
+        data=dataclasses.replace(like.data, sequence_length=length),
+        optimizer=dataclasses.replace(
+            paper_optimizer(peak_lr=1e-2, warmup_steps=0), final_lr_fraction=1.0
+        ),
+        train=like.train,
+        mesh=MeshConfig(data=2, fsdp=2, tensor=2),
+        sequence_parallel=False,
+        topology="",
+        ppo=PpoConfig(
+            helpfulness=str(helpfulness),
+            safety=str(safety),
+            critic="helpfulness",
+            threshold=0.15,
+            beta=0.01,
+            prompts=32,
+            max_new_tokens=12,
+            temperature=1.0,
+            clip=0.2,
+            value_clip=0.2,
+            gamma=1.0,
+            lam=0.95,
+            patience=None,
+            decode_tensor=2,
+            decode_batch=16,
+        ),
     )
 
 

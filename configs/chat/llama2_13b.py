@@ -8,12 +8,24 @@ r"""Llama 2-Chat 13B of Llama 2 13B, as in the paper's section 3.
         --tokenizer tokenizer.model --output data/helpfulness
     llama-jax train configs/chat/llama2_13b.py:helpfulness \
         --init-from gs://BUCKET/13b-sft --workdir gs://BUCKET/13b-helpfulness
+    llama-jax data prompts --train PROMPTS.jsonl --validation HELD_OUT.jsonl \
+        --tokenizer tokenizer.model --output data/prompts
+    llama-jax train configs/chat/llama2_13b.py:ppo --init-from gs://BUCKET/13b-sft \
+        --ppo.helpfulness gs://BUCKET/13b-helpfulness \
+        --ppo.safety gs://BUCKET/13b-safety --workdir gs://BUCKET/13b-ppo
 
 docs/chat.md says what each stage needs.
 """
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import RewardRecipe, SftRecipe, paper_reward, paper_sft
+from llama_jax.config.recipe import (
+    PpoRecipe,
+    RewardRecipe,
+    SftRecipe,
+    paper_ppo,
+    paper_reward,
+    paper_sft,
+)
 from sharding import MeshConfig
 
 
@@ -48,4 +60,17 @@ def safety() -> RewardRecipe:
         topology="v5e:8x8",
         mesh=MeshConfig(fsdp=64),
         remat="full",
+    )
+
+
+def ppo() -> PpoRecipe:
+    """v5e-64: 64 chips; 8 share a copy of the weights while answers are written."""
+    return paper_ppo(
+        LlamaConfig.llama2_13b(),
+        beta=0.01,
+        topology="v5e:8x8",
+        mesh=MeshConfig(fsdp=64),
+        remat="full",
+        decode_tensor=8,
+        decode_batch=128,
     )

@@ -8,12 +8,24 @@ r"""Llama 2-Chat 70B of Llama 2 70B, as in the paper's section 3.
         --tokenizer tokenizer.model --output data/helpfulness
     llama-jax train configs/chat/llama2_70b.py:helpfulness \
         --init-from gs://BUCKET/70b-sft --workdir gs://BUCKET/70b-helpfulness
+    llama-jax data prompts --train PROMPTS.jsonl --validation HELD_OUT.jsonl \
+        --tokenizer tokenizer.model --output data/prompts
+    llama-jax train configs/chat/llama2_70b.py:ppo --init-from gs://BUCKET/70b-sft \
+        --ppo.helpfulness gs://BUCKET/70b-helpfulness \
+        --ppo.safety gs://BUCKET/70b-safety --workdir gs://BUCKET/70b-ppo
 
 docs/chat.md says what each stage needs.
 """
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import RewardRecipe, SftRecipe, paper_reward, paper_sft
+from llama_jax.config.recipe import (
+    PpoRecipe,
+    RewardRecipe,
+    SftRecipe,
+    paper_ppo,
+    paper_reward,
+    paper_sft,
+)
 from sharding import MeshConfig
 
 
@@ -48,4 +60,17 @@ def safety() -> RewardRecipe:
         topology="v5p:4x4x4",
         mesh=MeshConfig(fsdp=64),
         remat="projections",
+    )
+
+
+def ppo() -> PpoRecipe:
+    """v5p-128: 64 chips; 8 share a copy of the weights while answers are written."""
+    return paper_ppo(
+        LlamaConfig.llama2_70b(),
+        beta=0.005,
+        topology="v5p:4x4x4",
+        mesh=MeshConfig(fsdp=64),
+        remat="projections",
+        decode_tensor=8,
+        decode_batch=512,
     )

@@ -8,12 +8,24 @@ r"""Llama 2-Chat 7B of Llama 2 7B, as in the paper's section 3.
         --tokenizer tokenizer.model --output data/helpfulness
     llama-jax train configs/chat/llama2_7b.py:helpfulness \
         --init-from gs://BUCKET/7b-sft --workdir gs://BUCKET/7b-helpfulness
+    llama-jax data prompts --train PROMPTS.jsonl --validation HELD_OUT.jsonl \
+        --tokenizer tokenizer.model --output data/prompts
+    llama-jax train configs/chat/llama2_7b.py:ppo --init-from gs://BUCKET/7b-sft \
+        --ppo.helpfulness gs://BUCKET/7b-helpfulness \
+        --ppo.safety gs://BUCKET/7b-safety --workdir gs://BUCKET/7b-ppo
 
 docs/chat.md says what each stage needs.
 """
 
 from llama_jax.config import LlamaConfig
-from llama_jax.config.recipe import RewardRecipe, SftRecipe, paper_reward, paper_sft
+from llama_jax.config.recipe import (
+    PpoRecipe,
+    RewardRecipe,
+    SftRecipe,
+    paper_ppo,
+    paper_reward,
+    paper_sft,
+)
 from sharding import MeshConfig
 
 
@@ -48,4 +60,17 @@ def safety() -> RewardRecipe:
         topology="v5e:8x8",
         mesh=MeshConfig(fsdp=64),
         remat="projections",
+    )
+
+
+def ppo() -> PpoRecipe:
+    """v5e-64: 64 chips; 8 share a copy of the weights while answers are written."""
+    return paper_ppo(
+        LlamaConfig.llama2_7b(),
+        beta=0.01,
+        topology="v5e:8x8",
+        mesh=MeshConfig(fsdp=64),
+        remat="projections",
+        decode_tensor=8,
+        decode_batch=256,
     )

@@ -12,9 +12,10 @@ from llama_jax.data import (
     prepare,
     prepare_comparisons,
     prepare_dialogs,
+    prepare_prompts,
 )
 from llama_jax.data.builders import tfds_splits
-from llama_jax.data.sources import comparison_files, dialog_files, files
+from llama_jax.data.sources import comparison_files, dialog_files, files, prompt_files
 from llama_jax.errors import DataError
 from llama_jax.text import Tokenizer, train_tokenizer
 
@@ -130,6 +131,22 @@ class ComparisonsStep(Lines):
     """
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptsStep(Lines):
+    """Write prompts in the chat format, one a row, for PPO to answer.
+
+    A line of a file is {"messages": [... ends with the user]}; with "about_safety":
+    true where it is there to elicit an unsafe answer. A prompt that leaves an answer
+    too little room is counted and left out.
+
+    Attributes:
+      max_new_tokens: of each row, those for the answer.
+    """
+
+    row_length: int = 2048
+    max_new_tokens: int = 1024
+
+
 def run(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     step = tyro.extras.subcommand_cli_from_dict(
@@ -138,6 +155,7 @@ def run(argv: Sequence[str]) -> int:
             "prepare": PrepareStep,
             "dialogs": DialogsStep,
             "comparisons": ComparisonsStep,
+            "prompts": PromptsStep,
         },
         prog="llama-jax data",
         args=list(argv),
@@ -176,6 +194,11 @@ def _write_lines(step: Lines) -> None:
     if isinstance(step, DialogsStep):
         splits = step.splits(dialog_files)
         write = functools.partial(prepare_dialogs, splits)
+    elif isinstance(step, PromptsStep):
+        splits = step.splits(prompt_files)
+        write = functools.partial(
+            prepare_prompts, splits, max_new_tokens=step.max_new_tokens
+        )
     else:
         splits = step.splits(comparison_files)
         write = functools.partial(prepare_comparisons, splits)
@@ -186,12 +209,14 @@ def _write_lines(step: Lines) -> None:
     prepared = write(tokenizer, step.output, row_length=step.row_length)
     for name, split in prepared.splits.items():
         if prepared.kind == "dialogs":
-            more = f"{split.num_targets:,} of them are learnt"
+            more = f"{split.num_targets:,} of them are learnt; "
+        elif prepared.kind == "comparisons":
+            more = f"of {split.num_unsafe_chosen:,} more the unsafe answer was chosen; "
         else:
-            more = f"of {split.num_unsafe_chosen:,} more the unsafe answer was chosen"
+            more = ""
         print(
             f"{step.output}, {name}: {split.num_documents:,} {prepared.kind}, "
-            f"{split.num_tokens:,} tokens in {split.num_rows:,} rows; {more}; "
+            f"{split.num_tokens:,} tokens in {split.num_rows:,} rows; {more}"
             f"{split.num_too_long:,} more are too long for a row"
         )
 

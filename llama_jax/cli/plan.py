@@ -16,7 +16,13 @@ from rich.progress import Progress
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import SftRecipe, TrainingRecipe, load_recipe, to_json
+from llama_jax.config.recipe import (
+    EpochRecipe,
+    PpoRecipe,
+    TrainingRecipe,
+    load_recipe,
+    to_json,
+)
 from llama_jax.config.train import OptimizerConfig, TrainConfig
 from llama_jax.errors import PlanError
 from llama_jax.planning import report
@@ -31,6 +37,7 @@ from llama_jax.planning.plan import (
     resolve,
 )
 from llama_jax.planning.plot import draw, require_matplotlib
+from llama_jax.planning.ppo import PpoPlan, plan_ppo
 from llama_jax.planning.search import search
 from llama_jax.planning.topology import Topology, parse
 from sharding import MeshConfig
@@ -148,7 +155,7 @@ def run(argv: Sequence[str]) -> int:
         require_matplotlib()
     _leave_devices_alone()
     fields = vars(options.fields)
-    if isinstance(written, SftRecipe) and options.fields.train.num_steps:
+    if isinstance(written, EpochRecipe) and options.fields.train.num_steps:
         fields["epochs"] = None
     recipe = dataclasses.replace(written, **fields)
     if options.decode:
@@ -168,7 +175,9 @@ def run(argv: Sequence[str]) -> int:
         return _search(options, recipe, topology, power)
     make = compiled if has_compiler() else estimated
     plan = make(recipe, topology, power)
-    if options.json:
+    if isinstance(recipe, PpoRecipe):
+        _show_ppo(options, plan_ppo(plan, compiles=has_compiler()))
+    elif options.json:
         print(json.dumps(report.to_json(plan)))
     else:
         _show(plan)
@@ -176,6 +185,15 @@ def run(argv: Sequence[str]) -> int:
         raise PlanError(f"{report.verdict(plan)} {report.remedies(plan)}")
     _write_files(options, plan)
     return 0
+
+
+def _show_ppo(options: Options, plan: PpoPlan) -> None:
+    if options.json:
+        print(json.dumps(report.ppo_to_json(plan)))
+    else:
+        _console().print(report.PpoReport(plan), highlight=False)
+    if plan.learning.fits and not plan.fits:
+        raise PlanError(report.ppo_verdict(plan))
 
 
 def _leave_devices_alone() -> None:

@@ -62,6 +62,19 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                     f"{record['validation_loss']:.4f} {_unit(record)}",
                     highlight=False,
                 )
+            elif "iteration" in record:
+                console.print(
+                    f"iteration {record['iteration']}: reward {record['reward']:.4f}, "
+                    f"divergence {record['kl']:.2f} nats an answer of "
+                    f"{record['answer_length']:.0f} tokens",
+                    highlight=False,
+                )
+            elif "validation_reward" in record:
+                console.print(
+                    f"step {record['step']}: reward of held-out prompts "
+                    f"{record['validation_reward']:.4f}",
+                    highlight=False,
+                )
             elif "time_shares" in record:
                 shares = record["time_shares"].items()
                 console.print(

@@ -11,6 +11,7 @@ import tyro
 from llama_jax.cli.progress import training_progress
 from llama_jax.config.recipe import (
     EpochRecipe,
+    PpoRecipe,
     PretrainRecipe,
     RewardRecipe,
     SftRecipe,
@@ -20,6 +21,7 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.data import open_data
 from llama_jax.errors import DataError, RecipeError
+from llama_jax.finetune.ppo import ppo
 from llama_jax.finetune.reward import train_reward
 from llama_jax.finetune.sft import sft
 from llama_jax.model.count import num_params
@@ -64,6 +66,7 @@ _STAGES: dict[type[TrainingRecipe], tuple[Any, Callable[..., bool]]] = {
     PretrainRecipe: (Options[PretrainRecipe], pretrain),
     SftRecipe: (Options[SftRecipe], sft),
     RewardRecipe: (Options[RewardRecipe], train_reward),
+    PpoRecipe: (Options[PpoRecipe], ppo),
 }
 
 
@@ -88,7 +91,7 @@ def run(argv: Sequence[str]) -> int:
         print(json.dumps(to_json(recipe), indent=2))
         print(
             f"{num_params(recipe.model, recipe.head):,} parameters; {_tokens(recipe)}; "
-            f"{check_layout(recipe)}"
+            f"{check_layout(recipe)}{_beside(recipe)}"
         )
         return 0
     with training_progress(_num_steps(recipe)) as watch:
@@ -106,10 +109,17 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def _beside(recipe: TrainingRecipe) -> str:
+    """What a device holds beside the state that is counted."""
+    if isinstance(recipe, PpoRecipe):
+        return " for the policy, as much for the critic, and three models to read"
+    return ""
+
+
 def _what_next(recipe: TrainingRecipe) -> str:
     if isinstance(recipe, RewardRecipe):
         return "Score with it: llama_jax.finetune.reward.load_reward({!r})"
-    if isinstance(recipe, SftRecipe):
+    if isinstance(recipe, SftRecipe | PpoRecipe):
         return "Talk to it: llama-jax chat {}"
     return "Let it write: llama-jax generate {} --prompt The"
 

@@ -5,12 +5,13 @@
 Corpora that this project wraps for tensorflow-datasets are in `data.builders`.
 """
 
-from llama_jax.data.batch import Batch, ComparisonBatch
+from llama_jax.data.batch import Batch, ComparisonBatch, Experience, PromptBatch
 from llama_jax.data.pipeline import TrainingData, ValidationData, open_data
 from llama_jax.data.prepare import (
     prepare,
     prepare_comparisons,
     prepare_dialogs,
+    prepare_prompts,
     write_shard,
 )
 from llama_jax.data.prepared import Prepared
@@ -23,6 +24,9 @@ from llama_jax.data.sources import (
     Dialogs,
     Documents,
     JsonLines,
+    Prompt,
+    PromptLines,
+    Prompts,
     Records,
     TextFiles,
 )
@@ -37,8 +41,13 @@ __all__ = [
     "DialogLines",
     "Dialogs",
     "Documents",
+    "Experience",
     "JsonLines",
     "Prepared",
+    "Prompt",
+    "PromptBatch",
+    "PromptLines",
+    "Prompts",
     "Records",
     "TextFiles",
     "TrainingData",
@@ -47,5 +56,6 @@ __all__ = [
     "prepare",
     "prepare_comparisons",
     "prepare_dialogs",
+    "prepare_prompts",
     "write_shard",
 ]

@@ -1,4 +1,4 @@
-"""What one step reads. B rows, T positions."""
+"""What one step reads, or answers. B rows, T positions."""
 
 import dataclasses
 import functools
@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from llama_jax.data.prepared import CHOSEN, REJECTED, Kind, record_type
 
@@ -53,6 +53,48 @@ class ComparisonBatch:
     rejected: Int[Any, "B T"]
     rating: Int[Any, "B T"]
     safety: Int[Any, "B T"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """Prompts to answer, on the host.
+
+    Attributes:
+      tokens: each padded at its end.
+      lengths: tokens of each; 0 for a row that is all padding.
+      about_safety: whether each is there to elicit unsafe answers.
+    """
+
+    tokens: Int[np.ndarray, "B T"]
+    lengths: Int[np.ndarray, " B"]
+    about_safety: Bool[np.ndarray, " B"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experience:
+    """Prompts with a policy's answers, and what it is to learn of them: a pytree.
+
+    What stands at a position concerns the token after it, as in `Batch`; what is not
+    of an answer is 0.
+
+    Attributes:
+      tokens: what the models read.
+      targets: the token after each.
+      mask: 1 where that is of the answer.
+      logprobs: its log-probability when it was drawn.
+      advantages: how much better it was than expected.
+      values: what the critic expected.
+      returns: what came of it.
+    """
+
+    tokens: Int[Any, "B T"]
+    targets: Int[Any, "B T"]
+    mask: Float[Any, "B T"]
+    logprobs: Float[Any, "B T"]
+    advantages: Float[Any, "B T"]
+    values: Float[Any, "B T"]
+    returns: Float[Any, "B T"]
 
 
 def batch_comparisons(rows: Sequence[np.ndarray], *, length: int) -> ComparisonBatch:
@@ -123,7 +165,27 @@ def batch_rows(
     )
 
 
-AnyBatch = Batch | ComparisonBatch
+def batch_prompts(rows: Sequence[np.ndarray], *, length: int) -> PromptBatch:
+    """Lay prompts under each other; an empty row is all padding.
+
+    Args:
+      rows: records as `prepared.record_type` has them, of at most `length` tokens.
+      length: positions, T.
+    """
+    tokens_BT = np.zeros((len(rows), length), np.int32)
+    about_safety_B = np.zeros(len(rows), np.bool_)
+    for i, row in enumerate(rows):
+        if len(row):
+            tokens_BT[i, : len(row)] = row["id"]
+            about_safety_B[i] = row["about_safety"][0]
+    return PromptBatch(
+        tokens=tokens_BT,
+        lengths=np.array([len(row) for row in rows], np.int32),
+        about_safety=about_safety_B,
+    )
+
+
+AnyBatch = Batch | ComparisonBatch | PromptBatch | Experience
 
 
 def batches_of(
@@ -132,4 +194,6 @@ def batches_of(
     """What makes a batch of rows of a kind; arguments as `batch_rows` has them."""
     if kind == "comparisons":
         return functools.partial(batch_comparisons, length=length)
+    if kind == "prompts":
+        return functools.partial(batch_prompts, length=length)
     return functools.partial(batch_rows, length=length, bos_id=bos_id)

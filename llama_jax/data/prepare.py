@@ -33,9 +33,11 @@ from llama_jax.data.sources import (
     Dialog,
     Dialogs,
     Documents,
+    Prompt,
+    Prompts,
 )
 from llama_jax.errors import DataError
-from llama_jax.text import Example, Tokenizer, encode_example
+from llama_jax.text import Example, Tokenizer, encode_dialog, encode_example
 
 TRAIN = "train"
 
@@ -119,6 +121,42 @@ def prepare_comparisons(
     return _prepare("comparisons", splits, tokenizer, target, row_length, write)
 
 
+def prepare_prompts(
+    splits: Mapping[str, Sequence[Prompts]],
+    tokenizer: Tokenizer,
+    target: str | Path,
+    *,
+    row_length: int,
+    max_new_tokens: int,
+) -> Prepared:
+    """Write prompts in the chat format, one a row.
+
+    Args:
+      splits: as `prepare` has them; and so are tokenizer and target.
+      tokenizer: likewise.
+      target: likewise.
+      row_length: tokens that the model reads at once, of a prompt with its answer.
+      max_new_tokens: those of them that are for the answer.
+
+    Raises:
+      DataError: as `prepare`; no prompt of a source leaves an answer so much room.
+      DialogError: a row of a source is no dialog that ends with the user.
+    """
+    longest = row_length - max_new_tokens
+    if min(longest, max_new_tokens) < 1:
+        raise DataError(
+            f"max_new_tokens is {max_new_tokens} of a row_length of {row_length}: "
+            "leave prompt and answer at least one token each."
+        )
+
+    def write(split: str, source: Prompts, path: Path) -> Shard:
+        return write_prompt_shard(source, tokenizer, path, longest=longest)
+
+    return _prepare(
+        "prompts", splits, tokenizer, target, row_length, write, room=max_new_tokens
+    )
+
+
 def _prepare(
     kind: Kind,
     splits: Mapping[str, Sequence[Any]],
@@ -126,13 +164,15 @@ def _prepare(
     target: str | Path,
     row_length: int,
     write: Callable[[str, Any, Path], Shard],
+    *,
+    room: int = 0,
 ) -> Prepared:
     if row_length < 1:
         raise DataError(f"row_length is {row_length}: it has to be positive.")
     target = local(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         prepared = _existing(target)
-        _require_same(prepared, kind, splits, tokenizer, row_length)
+        _require_same(prepared, kind, splits, tokenizer, row_length, room)
         return prepared
 
     partial = target.parent / f".{target.name}.partial"
@@ -150,6 +190,7 @@ def _prepare(
                 for name, sources in splits.items()
             },
             kind=kind,
+            room=room,
         )
         prepared.write(partial)
         tokenizer.save(partial / TOKENIZER)
@@ -294,6 +335,34 @@ def write_comparison_shard(
     return dataclasses.replace(shard, num_unsafe_chosen=num_unsafe_chosen)
 
 
+def write_prompt_shard(
+    prompts: Prompts, tokenizer: Tokenizer, path: Path, *, longest: int
+) -> Shard:
+    """`write_shard` of prompts, one a row. Those of more tokens are counted, not cut.
+
+    Raises:
+      DataError: the source is unreadable, or has no prompt that is short enough.
+      DialogError: a row of it is no dialog that ends with the user.
+    """
+    dtype = record_type("prompts", id_type(tokenizer.vocab_size))
+
+    def encode(prompt: Prompt) -> _Piece:
+        ids = encode_dialog(tokenizer, prompt.messages)
+        tokens = np.zeros(len(ids), dtype)
+        tokens["id"] = ids
+        tokens["about_safety"] = prompt.about_safety
+        return _Piece(
+            tokens,
+            text_bytes=_num_bytes(message["content"] for message in prompt.messages),
+            num_targets=1,
+        )
+
+    pieces = map(encode, prompts)
+    return _write_whole(
+        "prompts", pieces, prompts, path, dtype, room=longest, alone=True
+    )
+
+
 class _Piece(NamedTuple):
     """What stays whole: its records, and what `Shard` counts of it."""
 
@@ -305,13 +374,17 @@ class _Piece(NamedTuple):
 def _write_whole(
     what: str,
     pieces: Iterable[_Piece],
-    source: Dialogs | Comparisons,
+    source: Dialogs | Comparisons | Prompts,
     path: Path,
     dtype: np.dtype,
     *,
     room: int,
+    alone: bool = False,
 ) -> Shard:
-    """Pack pieces into rows of `room` tokens; those that are longer are counted."""
+    """Write pieces into rows of `room` tokens; those that are longer are counted.
+
+    Several share a row, unless each is to be `alone`.
+    """
     num_pieces = text_bytes = num_tokens = num_targets = num_too_long = 0
 
     def fitting() -> Iterator[np.ndarray]:
@@ -327,7 +400,7 @@ def _write_whole(
             yield piece.tokens
 
     with _Writer(path, dtype) as rows:
-        for row in pack_whole(fitting(), room=room):
+        for row in fitting() if alone else pack_whole(fitting(), room=room):
             rows.write(row)
     if not num_pieces:
         raise DataError(
@@ -434,6 +507,7 @@ def _require_same(
     splits: Mapping[str, Sequence[Any]],
     tokenizer: Tokenizer,
     row_length: int,
+    room: int,
 ) -> None:
     prepared.require_tokenizer(tokenizer.digest)
     if prepared.kind != kind:
@@ -445,6 +519,11 @@ def _require_same(
         raise DataError(
             f"{prepared.path} was prepared with row_length {prepared.row_length}, not "
             f"{row_length}: choose another directory, or remove this one."
+        )
+    if prepared.room != room:
+        raise DataError(
+            f"{prepared.path} was prepared with max_new_tokens {prepared.room}, not "
+            f"{room}: choose another directory, or remove this one."
         )
     before = {
         name: [shard.source for shard in split.shards]

@@ -8,6 +8,8 @@ Documents are cut into rows, of which the last of a shard may be shorter than th
 others; a record is its ids. Dialogs and comparisons stay whole, and leave room at the
 ends of rows; a record has for each token the id and whether a dialog begins; of
 dialogs, whether it is learnt; of comparisons, whether an answer ends, and which.
+Prompts have a row each; a record has for each token the id and what the prompt is
+about.
 """
 
 import bisect
@@ -29,7 +31,7 @@ MANIFEST = "dataset.json"
 TOKENIZER = "tokenizer.model"
 FORMAT = 1
 
-Kind = Literal["documents", "dialogs", "comparisons"]
+Kind = Literal["documents", "dialogs", "comparisons", "prompts"]
 
 # Of the last token of an answer, in a record of comparisons; 0 at all other tokens.
 CHOSEN, REJECTED = 1, 2
@@ -48,15 +50,17 @@ class Shard:
       file_bytes: its size.
       sha256: of the records, one after the other.
       num_rows: records.
-      num_documents: documents, dialogs or comparisons in the rows.
+      num_documents: documents, dialogs, comparisons or prompts in the rows.
       num_skipped: rows of the source that held no usable text.
       text_bytes: UTF-8 of the documents, without BOS and EOS; of dialogs, of the
-        answers that are learnt; of comparisons, of both answers.
+        answers that are learnt; of comparisons, of both answers; of prompts, of all
+        messages.
       num_tokens: of the documents, BOS and EOS included; of the dialogs.
       num_targets: what its rows teach. Of documents, all tokens but the first, and but
         those left over in a split whose tail is dropped; of dialogs, the tokens
-        learnt; of comparisons, those themselves.
-      num_too_long: dialogs or comparisons that do not fit a row, and were left out.
+        learnt; of comparisons and prompts, those themselves.
+      num_too_long: dialogs, comparisons or prompts that do not fit a row, and were left
+        out.
       num_unsafe_chosen: comparisons left out because the chosen answer is unsafe and
         the other is safe (section 3.2.1).
     """
@@ -88,7 +92,7 @@ class Split:
 
     @property
     def num_documents(self) -> int:
-        """Documents, dialogs or comparisons in the rows."""
+        """Documents, dialogs, comparisons or prompts in the rows."""
         return sum(shard.num_documents for shard in self.shards)
 
     @property
@@ -108,12 +112,12 @@ class Split:
 
     @property
     def num_targets(self) -> int:
-        """Tokens, or comparisons, that are taught."""
+        """Tokens, comparisons or prompts that are taught."""
         return sum(shard.num_targets for shard in self.shards)
 
     @property
     def num_too_long(self) -> int:
-        """Dialogs or comparisons left out because they do not fit a row."""
+        """Dialogs, comparisons or prompts left out, as they do not fit a row."""
         return sum(shard.num_too_long for shard in self.shards)
 
     @property
@@ -134,6 +138,7 @@ class Prepared:
       row_length: tokens that a row lets a model read at once.
       splits: by name.
       kind: what the rows are made of.
+      room: of prompts, tokens of its row that each leaves for an answer.
     """
 
     path: Path
@@ -143,6 +148,7 @@ class Prepared:
     row_length: int
     splits: Mapping[str, Split]
     kind: Kind = "documents"
+    room: int = 0
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -179,6 +185,7 @@ class Prepared:
                     for name, shards in content["splits"].items()
                 },
                 kind=content.get("kind", "documents"),
+                room=content.get("room", 0),
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise DataError(
@@ -205,6 +212,7 @@ class Prepared:
             "bos_id": self.bos_id,
             "row_length": self.row_length,
             "kind": self.kind,
+            "room": self.room,
             "splits": {
                 name: [dataclasses.asdict(shard) for shard in split.shards]
                 for name, split in self.splits.items()
@@ -282,11 +290,14 @@ def record_type(kind: Kind, ids: np.dtype) -> np.dtype:
 
     Of comparisons, `answer` says whose last token it is (`CHOSEN`, `REJECTED`), and
     there alone are `rating`, a place in `RATINGS`, and `safety` (`UNSAFE`, `SAFE`).
+    Of a prompt, every token says whether it is `about_safety`.
     """
     if kind == "documents":
         return ids
     if kind == "dialogs":
         return np.dtype([("id", ids), ("is_learnt", np.bool_), ("is_first", np.bool_)])
+    if kind == "prompts":
+        return np.dtype([("id", ids), ("about_safety", np.bool_)])
     marks = [(name, np.uint8) for name in ("answer", "rating", "safety")]
     return np.dtype([("id", ids), ("is_first", np.bool_), *marks])
 

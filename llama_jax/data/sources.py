@@ -1,4 +1,4 @@
-"""Where texts, dialogs and comparisons come from: data sets' rows, files.
+"""Where texts, dialogs, comparisons and prompts come from: data sets' rows, files.
 
 A source is one shard of a corpus, read from its beginning as often as one likes and
 never held in memory. `data.prepare` turns each into one file.
@@ -83,6 +83,28 @@ class Comparisons(Protocol):
     num_skipped: int
 
     def __iter__(self) -> Iterator[Comparison]: ...
+
+
+class Prompt(NamedTuple):
+    """A question for a policy to answer.
+
+    Attributes:
+      messages: the dialog up to the question, as `text.chat` has it.
+      about_safety: whether it is there to elicit unsafe answers, so that the safety
+        score is the one that counts.
+    """
+
+    messages: Sequence[Message]
+    about_safety: bool = False
+
+
+class Prompts(Protocol):
+    """One shard of prompts; attributes as those of `Documents`."""
+
+    name: str
+    num_skipped: int
+
+    def __iter__(self) -> Iterator[Prompt]: ...
 
 
 class _BadRowError(Exception):
@@ -262,6 +284,32 @@ class ComparisonLines(_Lines[Comparison]):
         return Comparison(question, chosen, rejected, rating, _safety_labels(content))
 
 
+class PromptLines(_Lines[Prompt]):
+    """Prompts of a JSONL file, {"messages": [... ends with the user]} a line.
+
+    And, for those that are there to elicit unsafe answers, "about_safety": true.
+
+    Args:
+      path: the file, on a disk or in a bucket (`gs://...`).
+      on_error: what to do with a line that holds no prompt.
+    """
+
+    def __init__(self, path: epath.PathLike, *, on_error: OnError = "raise") -> None:
+        super().__init__(path, on_error=on_error)
+
+    def _item(self, row: bytes) -> Prompt:
+        content = _object(_json(row), "messages")
+        messages = _list(content["messages"])
+        about_safety = content.get("about_safety", False)
+        if not isinstance(about_safety, bool):
+            raise _BadRowError(
+                f'"about_safety" is {about_safety!r:.60}: write true or false, or '
+                "leave it out"
+            )
+        _messages([*messages, {"role": "assistant", "content": "?"}])
+        return Prompt(messages, about_safety)
+
+
 class TextFiles(_Rows[str]):
     """Documents that are whole files.
 
@@ -325,6 +373,16 @@ def comparison_files(paths: Iterable[epath.PathLike]) -> list[Comparisons]:
     """
     form = '{"messages": [...], "chosen": ..., "rejected": ...}'
     return [ComparisonLines(_jsonl(path, "comparisons", form)) for path in paths]
+
+
+def prompt_files(paths: Iterable[epath.PathLike]) -> list[Prompts]:
+    """One source for each file, all of which are JSONL.
+
+    Raises:
+      DataError: a file does not exist, or has another ending.
+    """
+    form = '{"messages": [..., {"role": "user", "content": ...}]}'
+    return [PromptLines(_jsonl(path, "prompts", form)) for path in paths]
 
 
 def _jsonl(path: epath.PathLike, what: str, form: str) -> epath.Path:

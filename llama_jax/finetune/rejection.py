@@ -31,12 +31,12 @@ from numpy.typing import ArrayLike
 
 from llama_jax.checkpoint.params import is_remote, place
 from llama_jax.config.sampling import Sampler, TopP
+from llama_jax.data import Prompt
 from llama_jax.errors import ConfigError, DataError, TokenizerError
 from llama_jax.finetune.answers import can_be_learnt
 from llama_jax.finetune.rollout import (
     Answer,
     Judge,
-    Prompt,
     Rollout,
     Scores,
     checksum,

@@ -25,6 +25,7 @@ from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama, build
 from llama_jax.config.sampling import Sampler
+from llama_jax.data import Prompt
 from llama_jax.errors import (
     ConfigError,
     DataError,
@@ -365,19 +366,6 @@ class Judge:
             threshold=self.threshold,
         )
         return Scores(safety, helpfulness, np.asarray(combined))
-
-
-class Prompt(NamedTuple):
-    """What is to be answered.
-
-    Attributes:
-      messages: a dialog that ends with a question, as `text.chat` has it.
-      about_safety: whether it is there to elicit what is unsafe, so that the safety
-        score is the one that counts.
-    """
-
-    messages: Sequence[Message]
-    about_safety: bool = False
 
 
 class Answer(NamedTuple):

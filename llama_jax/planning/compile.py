@@ -14,14 +14,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 
 from llama_jax.build import build_for
 from llama_jax.config.recipe import TrainingRecipe
-from llama_jax.data.batch import AnyBatch, batches_of
-from llama_jax.data.prepared import Kind
 from llama_jax.errors import PlanError
-from llama_jax.finetune.stages import stage_of
+from llama_jax.finetune.stages import empty_batch, stage_of
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.topology import Topology
 from llama_jax.train.layout import check_layout
@@ -109,7 +106,7 @@ def compile_step(
     began = time.monotonic()
     check_layout(dataclasses.replace(recipe, topology=topology.name))
     mesh = make_mesh(recipe.mesh, tpu.devices(topology))
-    sharded, stage = build_for(recipe, mesh), stage_of(recipe)
+    sharded = build_for(recipe, mesh)
     optimizer = make_optimizer(recipe.optimizer, recipe.train.num_steps)
     step = make_train_step(
         sharded,
@@ -117,11 +114,15 @@ def compile_step(
         make_schedule(recipe.optimizer, recipe.train.num_steps),
         accumulate=recipe.train.accumulate,
         spike_norm=recipe.train.spike_norm,
-        objective=stage.objective(recipe),
+        objective=stage_of(recipe).objective(recipe),
     )
     assert isinstance(step, jax.stages.Wrapped)
     state = abstract_state(sharded, optimizer)
-    batch = _abstract_batch(stage.reads, recipe, batch_sharding(sharded))
+    rows = batch_sharding(sharded)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+        empty_batch(recipe),
+    )
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
     parameters = _bytes_per_chip(state.params)
@@ -185,21 +186,6 @@ def memory_refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
     limit = int(float(there) * _UNITS[there_unit])
     # Two decimals may be the same, and the refusal stands.
     return max(int(float(needed) * _UNITS[needed_unit]), limit + 1), limit
-
-
-def _abstract_batch(
-    kind: Kind, recipe: TrainingRecipe, sharding: jax.sharding.NamedSharding
-) -> AnyBatch:
-    to_batch = batches_of(
-        kind,
-        length=recipe.data.sequence_length,
-        bos_id=0 if recipe.data.segments else None,  # any: these rows are empty
-    )
-    rows = [np.empty(0, np.int32)] * recipe.train.batch_size
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        to_batch(rows),
-    )
 
 
 def _bytes_per_chip(tree: Any) -> int:

@@ -87,10 +87,14 @@ class DecodePlan:
         return moved / self.topology.chip.hbm_bandwidth
 
     @property
+    def held_bytes(self) -> int:
+        """Of a chip at the fullest moment, or what is sure to be held then."""
+        return self.hbm_bytes or self.weight_bytes + self.cache_bytes
+
+    @property
     def fits(self) -> bool:
         """Whether a chip holds it."""
-        held = self.hbm_bytes or self.weight_bytes + self.cache_bytes
-        return held <= self.topology.chip.hbm_bytes
+        return self.held_bytes <= self.topology.chip.hbm_bytes
 
 
 def plan_decode(

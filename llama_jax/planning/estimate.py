@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from llama_jax.build import params_layout
 from llama_jax.config import LlamaConfig
 from llama_jax.config.model import Head
-from llama_jax.config.recipe import TrainingRecipe
+from llama_jax.config.recipe import PpoRecipe, TrainingRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.model import num_params
 from llama_jax.model.count import abstract_params
@@ -114,6 +114,27 @@ def state_bytes(
         )
     )
     return 4 * numbers, 2 * jnp.dtype(moments).itemsize * numbers
+
+
+def beside_bytes(recipe: TrainingRecipe, num_chips: int) -> dict[str, int]:
+    """Bytes of the models that a chip holds beside the one that is trained; exact.
+
+    Those of PPO: a critic and its moments, and in the type of the arithmetic a
+    reference and two reward models, all of the policy's sizes.
+    """
+    if not isinstance(recipe, PpoRecipe):
+        return {}
+
+    def held(head: Head) -> tuple[int, int]:
+        moments = recipe.optimizer.moments
+        return state_bytes(recipe.model, recipe.mesh, num_chips, moments, head)
+
+    frozen = held("unembed")[0] + 2 * held("scalar")[0]
+    width = jnp.dtype(recipe.train.compute_dtype).itemsize
+    return {
+        "critic and its optimizer": sum(held("scalar")),
+        "reference and reward models": frozen * width // 4,
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -262,6 +283,7 @@ def _memory(sizes: _Sizes) -> dict[str, int]:
         "optimizer": optimizer,
         "activations": activations,
         **fullest,
+        **beside_bytes(recipe, sizes.topology.num_chips),
     }
     return {kind: round(size) for kind, size in kinds.items()}
 

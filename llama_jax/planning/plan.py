@@ -11,7 +11,7 @@ from llama_jax.model.count import train_flops_per_token
 from llama_jax.planning import programs
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.energy import Power
-from llama_jax.planning.estimate import estimate
+from llama_jax.planning.estimate import beside_bytes, estimate
 from llama_jax.planning.schedule import Collective, Placement, Profile, predict
 from llama_jax.planning.topology import Topology
 from llama_jax.train.layout import check_layout
@@ -206,6 +206,7 @@ def compiled(recipe: TrainingRecipe, topology: Topology, power: Power) -> Plan:
             "parameters": step.memory.parameters,
             "optimizer": step.memory.optimizer,
             "activations, gradients": step.memory.activations,
+            **beside_bytes(recipe, topology.num_chips),
         },
         hbm_limit=step.memory.limit,
         host_bytes=step.memory.host,

@@ -16,6 +16,7 @@ from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.estimate import NAME
 from llama_jax.planning.plan import NO_COMPILER, Plan, estimated, has_compiler
+from llama_jax.planning.ppo import PpoPlan
 from llama_jax.planning.search import Found
 from llama_jax.planning.topology import Topology
 
@@ -367,6 +368,61 @@ def _difference(best: Plan, other: Plan) -> str:
     return f"{computing(other) - computing(best):+.2f} s"
 
 
+class PpoReport:
+    """A plan of PPO's iterations, for `rich.console.Console.print`."""
+
+    def __init__(self, plan: PpoPlan) -> None:
+        self._plan = plan
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> RenderResult:
+        """The policy's step, the writing of answers, and both together."""
+        plan = self._plan
+        yield Report(plan.learning)
+        yield ""
+        yield DecodeReport(plan.writing)
+        yield ""
+        yield ppo_verdict(plan)
+        if plan.writing_seconds and plan.policy_seconds:
+            ppo = plan.recipe.ppo
+            yield (
+                f"Predicted, of an iteration: {plan.writing_seconds:.0f} s for "
+                f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens, "
+                f"{plan.policy_seconds:.0f} s for {plan.recipe.iteration_steps} steps "
+                "of the policy. The critic's steps, and the scoring, come to it."
+            )
+
+
+def ppo_verdict(plan: PpoPlan) -> str:
+    """Whether a chip holds all models while answers are written, and by how much."""
+    limit = plan.learning.hbm_limit
+    does = "fits" if plan.writing_bytes <= limit else "does not fit"
+    said = (
+        f"Beside all else that a chip holds, writing {does}: "
+        f"{plan.writing_bytes / GIB:.2f} of {limit / GIB:.2f} GiB."
+    )
+    if plan.writing_bytes > limit:
+        said += (
+            " Let more chips share the copy (--ppo.decode-tensor), or fewer prompts be "
+            "answered at a time (--ppo.decode-batch)."
+        )
+    return said
+
+
+def ppo_to_json(plan: PpoPlan) -> dict[str, Any]:
+    """All figures of a plan of PPO; sizes in bytes, times in seconds."""
+    return to_json(plan.learning) | {
+        "fits": plan.fits,
+        "writing": decode_to_json(plan.writing),
+        "writing_bytes": plan.writing_bytes,
+        "predicted_iteration": {
+            "writing_seconds": plan.writing_seconds,
+            "policy_seconds": plan.policy_seconds,
+        },
+    }
+
+
 class DecodeReport:
     """A plan of inference, for `rich.console.Console.print`."""
 
@@ -406,7 +462,7 @@ class DecodeReport:
 
 def decode_verdict(plan: DecodePlan) -> str:
     """Whether it fits, and what the compiled loop does with the cache."""
-    held = plan.hbm_bytes or plan.weight_bytes + plan.cache_bytes
+    held = plan.held_bytes
     limit = plan.topology.chip.hbm_bytes
     if not plan.fits:
         wide = {"--weights": plan.weights, "--cache": plan.cache}

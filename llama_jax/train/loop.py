@@ -64,7 +64,10 @@ def train(run: Run, state: TrainState, data: Iterable[AnyBatch], position: int) 
     settings = run.recipe.train
     clock = Stopwatch()
     first = step = int(state.step)
-    with jax.set_mesh(run.mesh), _profiler(run) as profile:
+    with (
+        jax.set_mesh(run.mesh),
+        profiler(run.profile, run.profile_dir) as profile,
+    ):
         remaining = range(first + 1, settings.num_steps + 1)
         for step, batch in zip(remaining, clock.waiting(data), strict=False):
             profile(step)
@@ -102,15 +105,17 @@ def validate(run: Run, state: TrainState) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _profiler(run: Run) -> Iterator[Callable[[int], None]]:
+def profiler(
+    steps: tuple[int, int] | None, directory: str
+) -> Iterator[Callable[[int], None]]:
     """A function to call before each step, which traces those that were asked for."""
-    first, last = run.profile or (-1, -1)
+    first, last = steps or (-1, -1)
     tracing = False
 
     def before(step: int) -> None:
         nonlocal tracing
         if step == first:
-            jax.profiler.start_trace(run.profile_dir)
+            jax.profiler.start_trace(directory)
             tracing = True
         elif step == last + 1 and tracing:
             jax.profiler.stop_trace()

@@ -21,30 +21,36 @@ def next_token_loss(
     targets_BT: Int[Array, "B T"],
     weights_BT: Float[Array, "B T"],
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Weighted sum of -log softmax(logits)[target], in nats; and the sum of weights.
+    """Weighted sum of `surprise`, in nats; and the sum of weights.
 
     Their quotient is the mean over tokens. Both are returned, because a mean of means
     over parts with different numbers of tokens would be another number.
     """
+    surprise_BT = surprise(logits_BTV, targets_BT)
+    return jnp.sum(surprise_BT * weights_BT), jnp.sum(weights_BT)
+
+
+def surprise(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"]
+) -> Float[Array, "B T"]:
+    """Of each target -log softmax(logits)[target], in nats."""
     normaliser_BT = jax.nn.logsumexp(logits_BTV, axis=-1)
     # A comparison instead of a gather: it stays local where V is split over devices.
     vocab_V = jnp.arange(logits_BTV.shape[-1], dtype=targets_BT.dtype)
     hit_BTV = targets_BT[..., None] == vocab_V
-    target_BT = jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
-    return jnp.sum((normaliser_BT - target_BT) * weights_BT), jnp.sum(weights_BT)
+    return normaliser_BT - jnp.sum(jnp.where(hit_BTV, logits_BTV, 0.0), axis=-1)
 
 
-def chunked_next_token_loss(
+def chunked_surprise(
     hidden_BTD: Float[Array, "B T D"],
     kernel_DV: Float[Array, "D V"],
     targets_BT: Int[Array, "B T"],
-    weights_BT: Float[Array, "B T"],
     *,
     chunks: int,
     parts: int = 1,
     constrain: Constrain = unconstrained,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """`next_token_loss` of hidden @ kernel, whose logits never exist whole.
+) -> Float[Array, "B T"]:
+    """`surprise` of hidden @ kernel, whose logits never exist whole.
 
     The backward pass computes each chunk's logits again. Products are of the hidden
     states' type, sums float32, as in `Unembed`.
@@ -53,7 +59,6 @@ def chunked_next_token_loss(
       hidden_BTD: the residual stream after the last norm.
       kernel_DV: what makes logits of it.
       targets_BT: the tokens to predict.
-      weights_BT: how much each counts.
       chunks: C, how many chunks there are.
       parts: P, how many devices share the vocabulary.
       constrain: pins arrays to a mesh, see `sharding.constrain`.
@@ -69,8 +74,7 @@ def chunked_next_token_loss(
             f"the vocabulary over {parts} devices: choose it from {fits}."
         )
     kernel_DPCv = kernel_DV.reshape(kernel_DV.shape[0], parts, chunks, -1)
-    surprise_BT = _surprise(hidden_BTD, kernel_DPCv, targets_BT, constrain)
-    return jnp.sum(surprise_BT * weights_BT), jnp.sum(weights_BT)
+    return _surprise(hidden_BTD, kernel_DPCv, targets_BT, constrain)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

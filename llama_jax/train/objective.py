@@ -10,11 +10,11 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from llama_jax.build import ShardedLlama
 from llama_jax.data.batch import Batch
-from llama_jax.train.losses import chunked_next_token_loss, next_token_loss
+from llama_jax.train.losses import chunked_surprise, surprise
 from sharding import axes, context
 from sharding.axes import Tree
 from sharding.mesh import axis_size
@@ -48,22 +48,47 @@ class NextToken(Objective):
     def loss(self, sharded: ShardedLlama, params: Tree, batch: Batch) -> _Sum:
         """The sum of the weighted losses, and of the weights."""
         batch, positions_1T = in_order(sharded, batch)
-        model, counted = sharded.model, (batch.targets, batch.weights)
-        read = {"params": params}, batch.tokens, batch.segments, positions_1T
-        if sharded.loss_chunks == 1:
-            logits_BTV: Any = model.apply(*read)
-            with jax.named_scope("loss"):
-                return next_token_loss(logits_BTV, *counted)
-        hidden_BTD: Any = model.apply(*read, method="hidden")
+        surprise_BT = token_surprise(
+            sharded, params, batch.tokens, batch.targets, batch.segments, positions_1T
+        )
         with jax.named_scope("loss"):
-            return chunked_next_token_loss(
-                hidden_BTD,
-                params["unembed"]["kernel"],
-                *counted,
-                chunks=sharded.loss_chunks,
-                parts=axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.VOCAB)),
-                constrain=model.constrain,
-            )
+            return jnp.sum(surprise_BT * batch.weights), jnp.sum(batch.weights)
+
+
+def token_surprise(
+    sharded: ShardedLlama,
+    params: Tree,
+    tokens_BT: Int[Array, "B T"],
+    targets_BT: Int[Array, "B T"],
+    segments_BT: Int[Array, "B T"] | None = None,
+    positions_1T: Int[Array, "1 T"] | None = None,
+) -> Float[Array, "B T"]:
+    """-log p(target) after each token of rows, nats: what training differentiates.
+
+    Args:
+      sharded: the model and its mesh.
+      params: laid out as `sharded.param_shardings` says.
+      tokens_BT: what the model reads, as `in_order` gives it; so is all else.
+      targets_BT: the token after each.
+      segments_BT: as `Llama` has them; and so are `positions_1T`.
+      positions_1T: of `in_order`.
+    """
+    model = sharded.model
+    read = {"params": params}, tokens_BT, segments_BT, positions_1T
+    if sharded.loss_chunks == 1:
+        logits_BTV: Any = model.apply(*read)
+        with jax.named_scope("loss"):
+            return surprise(logits_BTV, targets_BT)
+    hidden_BTD: Any = model.apply(*read, method="hidden")
+    with jax.named_scope("loss"):
+        return chunked_surprise(
+            hidden_BTD,
+            params["unembed"]["kernel"],
+            targets_BT,
+            chunks=sharded.loss_chunks,
+            parts=axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.VOCAB)),
+            constrain=model.constrain,
+        )
 
 
 def in_order(sharded: ShardedLlama, rows: _Rows) -> tuple[_Rows, Array | None]:

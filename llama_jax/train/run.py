@@ -1,9 +1,10 @@
 """A run of any stage, from the recipe to the last checkpoint."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llama_jax.build import ShardedLlama, build_for
 from llama_jax.checkpoint.manager import RunCheckpoints
 from llama_jax.checkpoint.params import TOKENIZER, load_leaves, place
 from llama_jax.config.recipe import TrainingRecipe, differences, to_json
+from llama_jax.config.train import TrainConfig
 from llama_jax.conversion import AnyCheckpoint, open_any
 from llama_jax.conversion.proof import require_files
 from llama_jax.data import Prepared, TrainingData, ValidationData, open_data
@@ -70,18 +72,21 @@ def run(
     watch: Callable[[Record], None],
 ) -> bool:
     """Run a recipe of a stage, or go on with it: see `pretrain`."""
+    with hosts_joined(recipe.train) as guard:
+        return _run(stage, recipe, place(workdir), init_from, profile, watch, guard)
+
+
+@contextlib.contextmanager
+def hosts_joined(settings: TrainConfig) -> Iterator[faults.Guard]:
+    """Within this all hosts run together, and end together; what says when to stop."""
     hosts.start(
-        heartbeat_seconds=recipe.train.heartbeat_seconds,
-        join_seconds=recipe.train.join_seconds,
+        heartbeat_seconds=settings.heartbeat_seconds,
+        join_seconds=settings.join_seconds,
         lost_status=faults.EXIT_HOST_LOST,
     )
     hosts.cache_compilations()
-    with (
-        faults.shared_fate(),
-        faults.host_loss(),
-        faults.guard(recipe.train) as guard,
-    ):
-        return _run(stage, recipe, place(workdir), init_from, profile, watch, guard)
+    with faults.shared_fate(), faults.host_loss(), faults.guard(settings) as guard:
+        yield guard
 
 
 def _run(
@@ -93,17 +98,11 @@ def _run(
     watch: Callable[[Record], None],
     guard: faults.Guard,
 ) -> bool:
-    sets = _agreed_data(stage, recipe, workdir=str(workdir), init_from=str(init_from))
+    sets = agreed_data(stage, recipe, workdir=str(workdir), init_from=str(init_from))
     recipe = recipe.with_steps(num_training_rows(sets))
     guard.settings = settings = recipe.train
-    mesh = make_mesh(recipe.mesh)
-    if settings.attention == "splash" and jax.default_backend() != "tpu":
-        raise ConfigError(
-            f"train.attention 'splash' is a kernel for TPUs, and this is "
-            f"{jax.default_backend()}: use --train.attention dot."
-        )
-    require_division(recipe, mesh)
-    sharded, objective = build_for(recipe, mesh), stage.objective(recipe)
+    sharded, objective = built(recipe), stage.objective(recipe)
+    mesh = sharded.mesh
     optimizer = make_optimizer(recipe.optimizer, settings.num_steps)
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
@@ -111,7 +110,7 @@ def _run(
     with checkpoints, faults.host_loss(), faults.memory_advice(settings):
         hosts.require_agreement(checkpoints=checkpoints.steps)
         with hosts.failing_together():
-            _keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
+            keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
         state, position = _restore_or(
             stage, init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
@@ -151,7 +150,24 @@ def _run(
             return loop.train(run, state, batches, position)
 
 
-def _agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Prepared]:
+def built(recipe: TrainingRecipe) -> ShardedLlama:
+    """The model of a recipe on the mesh of all devices.
+
+    Raises:
+      ConfigError: its kernel does not run here.
+      ShardingError: mesh, model, batch and devices do not fit one another.
+    """
+    mesh = make_mesh(recipe.mesh)
+    if recipe.train.attention == "splash" and jax.default_backend() != "tpu":
+        raise ConfigError(
+            f"train.attention 'splash' is a kernel for TPUs, and this is "
+            f"{jax.default_backend()}: use --train.attention dot."
+        )
+    require_division(recipe, mesh)
+    return build_for(recipe, mesh)
+
+
+def agreed_data(stage: Stage, recipe: TrainingRecipe, **facts: str) -> list[Prepared]:
     """The data, opened; every host has the same, and they fit stage and model."""
     problem, sets = "", list[Prepared]()
     try:
@@ -202,7 +218,7 @@ def _code_digest() -> str:
     return digest.hexdigest()
 
 
-def _keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> None:
+def keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> None:
     """Put the tokenizer of the data beside the checkpoints; the first host does."""
     if jax.process_index() != 0:
         return
@@ -246,8 +262,28 @@ def _restore_or(
         )
     if init_from is None:
         return fresh_state(sharded, optimizer, sharded.init(recipe.train.seed)), 0
+    source = open_model(init_from, recipe, data)
+    params = load_params(source, sharded, recipe)
+    _log.info("Beginning with the parameters of %s.", init_from)
+    return fresh_state(sharded, optimizer, params), 0
+
+
+def open_model(
+    init_from: epath.PathLike, recipe: TrainingRecipe, data: Prepared
+) -> AnyCheckpoint:
+    """Open what a run begins with; it is of the recipe's sizes, and reads the data.
+
+    Raises:
+      CheckpointError: it cannot be read, is of another model, or writes nothing.
+      DataError: the data were made with another tokenizer.
+    """
     source = open_any(init_from, max_length=recipe.model.max_length)
     require_files(source)
+    if source.head == "scalar" and recipe.head == "unembed":
+        raise CheckpointError(
+            f"{source.directory} is a reward model, and {recipe.stage} goes on from "
+            "one that writes: give that with --init-from."
+        )
     other = {
         field: change
         for field, change in differences(
@@ -263,21 +299,21 @@ def _restore_or(
         )
     if source.tokenizer_path is not None:
         data.require_tokenizer(Tokenizer(source.tokenizer_path).digest)
-    params = _load(source, sharded, recipe)
-    _log.info("Beginning with the parameters of %s.", init_from)
-    return fresh_state(sharded, optimizer, params), 0
+    return source
 
 
-def _load(source: AnyCheckpoint, sharded: ShardedLlama, recipe: TrainingRecipe) -> Tree:
-    """The parameters of a checkpoint; a head that gives a number is made if need be."""
+def load_params(
+    source: AnyCheckpoint, sharded: ShardedLlama, recipe: TrainingRecipe
+) -> Tree:
+    """The parameters of a checkpoint; a head that gives a number is made if need be.
+
+    Raises:
+      CheckpointError: files are damaged.
+    """
     dtype, layout = jnp.dtype("float32"), sharded.param_shardings
     if source.head == sharded.head:
         return source.load(layout, dtype=dtype)
-    if sharded.head == "unembed":
-        raise CheckpointError(
-            f"{source.directory} is a reward model, and {recipe.stage} goes on from "
-            "one that writes: give that with --init-from."
-        )
+    assert sharded.head == "scalar", source.head
     shapes = abstract_params(sharded.config, sharded.head)
     shared = [name for name in shapes if name != sharded.head]
     body = load_leaves(

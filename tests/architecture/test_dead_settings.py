@@ -11,8 +11,9 @@ import pytest
 from llama_jax.build import build_for
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.finetune import RewardConfig
+from llama_jax.config.finetune import PpoConfig, RewardConfig
 from llama_jax.config.recipe import (
+    PpoRecipe,
     PretrainRecipe,
     RewardRecipe,
     SftRecipe,
@@ -247,7 +248,16 @@ def test_each_setting_of_several_hosts(monkeypatch):
 
 @pytest.mark.parametrize(
     "config",
-    [TrainConfig, DataConfig, PretrainRecipe, SftRecipe, RewardRecipe, RewardConfig],
+    [
+        TrainConfig,
+        DataConfig,
+        PretrainRecipe,
+        SftRecipe,
+        RewardRecipe,
+        RewardConfig,
+        PpoRecipe,
+        PpoConfig,
+    ],
 )
 def test_each_field_of_a_run_is_read_outside_of_the_configuration(config):
     assert _fields(config) - _attributes_read() == set()

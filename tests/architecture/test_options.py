@@ -9,13 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from llama_jax.cli import COMMANDS, chat, convert, data, generate, inspect, plan, train
-from llama_jax.config.recipe import PretrainRecipe, RewardRecipe, SftRecipe
+from llama_jax.config.recipe import (
+    PpoRecipe,
+    PretrainRecipe,
+    RewardRecipe,
+    SftRecipe,
+)
 
 GOLDEN = Path(__file__).with_name("options.txt")
 OPTIONS = {
     "train": train.Options[PretrainRecipe],
     "train sft": train.Options[SftRecipe],
     "train reward": train.Options[RewardRecipe],
+    "train ppo": train.Options[PpoRecipe],
     "plan": plan.Options,
     "generate": generate.Options,
     "chat": chat.Options,
@@ -25,6 +31,7 @@ OPTIONS = {
     "data prepare": data.PrepareStep,
     "data dialogs": data.DialogsStep,
     "data comparisons": data.ComparisonsStep,
+    "data prompts": data.PromptsStep,
 }
 
 

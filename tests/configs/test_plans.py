@@ -1,4 +1,4 @@
-"""Every pretraining recipe, compiled for its pod, fits it (`make plan`).
+"""Every pretraining recipe, compiled for its pod, fits it; so does PPO (`make plan`).
 
 Some minutes each the first time; compiled steps are kept on disk. Cases whose id
 begins with `ci-` are one for each generation of chips: `-m plan -k ci-llama2`.
@@ -12,6 +12,7 @@ from llama_jax.config.recipe import load_recipe, recipe_names
 from llama_jax.planning import report
 from llama_jax.planning.estimate import estimate
 from llama_jax.planning.plan import plan
+from llama_jax.planning.ppo import plan_ppo
 
 FOLDER = Path(__file__).parents[2] / "configs" / "pretrain"
 PLACES = [
@@ -58,3 +59,16 @@ def test_recipe_fits_its_pod(place):
     assert guessed.memory["parameters"] == planned.memory["parameters"]
     assert 0.6 < guessed.hbm_bytes / planned.hbm_bytes < 1.5
     assert 0.6 < guessed.step_seconds / planned.step_seconds < 1.6
+
+
+@pytest.mark.plan
+@pytest.mark.parametrize("size", ["7b", "70b"])
+def test_five_models_fit_their_slice(size):
+    learning = plan(f"{FOLDER.parent}/chat/llama2_{size}.py:ppo")
+    assert learning.source == "compiled"
+    assert learning.fits, report.verdict(learning)
+    planned = plan_ppo(learning, compiles=True)
+    assert planned.fits, report.ppo_verdict(planned)
+    assert planned.writing.copied_bytes == 0
+    guessed = estimate(learning.recipe, learning.topology)
+    assert 0.6 < guessed.hbm_bytes / learning.hbm_bytes < 1.5

@@ -7,8 +7,9 @@ import jax
 import numpy as np
 
 from llama_jax.build import build
+from llama_jax.data import Prompt
 from llama_jax.finetune.reward import RewardModel
-from llama_jax.finetune.rollout import Judge, Prompt
+from llama_jax.finetune.rollout import Judge
 from llama_jax.generate import Engine, Generator
 from llama_jax.generate.weights import from_params
 from llama_jax.model.count import abstract_params

@@ -13,7 +13,7 @@ import llama_jax
 from llama_jax.build import build
 from llama_jax.checkpoint.params import save_params
 from llama_jax.config.sampling import TopP
-from llama_jax.data import DialogLines, prepare_dialogs
+from llama_jax.data import DialogLines, Prompt, prepare_dialogs
 from llama_jax.errors import ConfigError, DataError, GenerationError, TokenizerError
 from llama_jax.finetune import rejection
 from llama_jax.finetune.rejection import (
@@ -27,7 +27,6 @@ from llama_jax.finetune.rejection import (
 from llama_jax.finetune.rollout import (
     Answer,
     Judge,
-    Prompt,
     Rollout,
     Scores,
     roll_out,

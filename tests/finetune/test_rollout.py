@@ -11,6 +11,7 @@ import llama_jax
 from llama_jax.build import build
 from llama_jax.checkpoint.params import save_params
 from llama_jax.config.sampling import Greedy, TopP
+from llama_jax.data import Prompt
 from llama_jax.errors import (
     ConfigError,
     DataError,
@@ -20,7 +21,6 @@ from llama_jax.errors import (
 )
 from llama_jax.finetune.rollout import (
     Judge,
-    Prompt,
     checksum,
     make_logprobs,
     reshard,

@@ -6,7 +6,15 @@ import pytest
 
 from tests.scripts.documents import make_place
 
-PATHS = ("configs", "corpus", "dialogs", "comparisons", "llama-2-7b", "runs/demo")
+PATHS = (
+    "configs",
+    "corpus",
+    "dialogs",
+    "comparisons",
+    "prompts",
+    "llama-2-7b",
+    "runs/demo",
+)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@ A ```python block is a program: those of one document run in order, in one names
 A ```bash block is a list of commands, each run dry; one that ends with `# refused` has
 to be. Paths that documents name exist in the place that `make_place` prepares:
 `runs/demo`, as `make demo` leaves it; `llama-2-7b`, as Meta releases it; `corpus`, with
-text; `dialogs`, with conversations; `comparisons`, with pairs of answers; and
-`configs`.
+text; `dialogs`, with conversations; `comparisons`, with pairs of answers; `prompts`,
+with questions; and `configs`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from llama_jax.data import JsonLines, prepare
 from llama_jax.model import Llama
 from llama_jax.text import train_tokenizer
 from tests.architecture.tree import ROOT
-from tests.data import comparisons, dialogs
+from tests.data import comparisons, dialogs, prompts
 from tests.reference import meta_checkpoint
 
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -75,13 +75,14 @@ def make_place(directory: Path) -> Path:
     for split in ("train", "validation"):
         lines = [json.dumps({"text": sentence}) for sentence in sentences]
         (corpus / f"{split}.jsonl").write_text("\n".join(lines))
-    for kind in ("dialogs", "comparisons"):
+    for kind in ("dialogs", "comparisons", "prompts"):
         (directory / kind).mkdir()
     for split in ("train", "validation"):
         dialogs.write(directory / f"dialogs/{split}.jsonl", dialogs.dialogs(20))
         comparisons.write(
             directory / f"comparisons/{split}.jsonl", comparisons.comparisons(20)
         )
+        prompts.write(directory / f"prompts/{split}.jsonl", prompts.prompts(20))
     run = directory / "runs/demo"
     run.mkdir(parents=True)
     tokenizer = train_tokenizer(sentences, run / "tokenizer.model", vocab_size=380)

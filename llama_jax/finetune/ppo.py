@@ -1,0 +1,737 @@
+"""PPO: a policy that learns from the rewards of its own answers (section 3.2.3).
+
+An iteration answers prompts with the policy as it is, lets both reward models score the
+answers (`experience`), and takes a few steps of policy and critic on them.
+
+    WORKDIR/ppo.json                    what the run began with, and its sizes
+    WORKDIR/checkpoints/STEP/params     the policy
+    WORKDIR/checkpoints/STEP/optimizer  all else that changes, and what is being learnt
+
+B rows of a step, T positions, P prompts of an iteration.
+"""
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float
+from numpy.typing import ArrayLike
+
+from llama_jax.build import ShardedLlama, build, params_layout
+from llama_jax.checkpoint.manager import RunCheckpoints
+from llama_jax.checkpoint.params import TOKENIZER, absolute, place
+from llama_jax.config import LlamaConfig
+from llama_jax.config.recipe import PpoRecipe
+from llama_jax.config.train import OptimizerConfig
+from llama_jax.conversion import AnyCheckpoint, open_any
+from llama_jax.data import (
+    Experience,
+    Prepared,
+    PromptBatch,
+    TrainingData,
+    ValidationData,
+)
+from llama_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    TokenizerError,
+    TrainingError,
+)
+from llama_jax.finetune.estimators import (
+    PolicySums,
+    ValueSums,
+    clipped_policy_loss,
+    clipped_value_loss,
+)
+from llama_jax.finetune.experience import (
+    LearntStep,
+    Reader,
+    ValuesStep,
+    gather,
+    held_out_reward,
+    make_learnt,
+    make_rows,
+    make_values,
+    nothing_learnt,
+    placed,
+)
+from llama_jax.finetune.reward import RewardModel, load_reward
+from llama_jax.finetune.rollout import Judge, LogprobsStep, checksum, make_logprobs
+from llama_jax.text import Tokenizer
+from llama_jax.train import faults
+from llama_jax.train.loop import profiler
+from llama_jax.train.metrics import Record, Sink, Stopwatch
+from llama_jax.train.objective import Objective, in_order, token_surprise
+from llama_jax.train.optimizer import make_optimizer, make_schedule
+from llama_jax.train.run import (
+    Stage,
+    agreed_data,
+    built,
+    hosts_joined,
+    keep_tokenizer,
+    load_params,
+    open_model,
+)
+from llama_jax.train.state import (
+    TrainState,
+    abstract_state,
+    fresh_state,
+    from_items,
+    to_items,
+)
+from llama_jax.train.step import (
+    EvalStep,
+    Measured,
+    TrainStep,
+    make_eval_step,
+    make_train_step,
+)
+from sharding import MeshConfig, decoding_rules, hosts, make_mesh
+from sharding.axes import Tree
+from sharding.mesh import FILL
+
+_log = logging.getLogger(__name__)
+
+PLAN = "ppo.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyObjective(Objective):
+    """Answers that are better than expected, more probable: the clipped ratio.
+
+    Attributes:
+      clip: see `PpoConfig`.
+    """
+
+    clip: float
+
+    def loss(
+        self, sharded: ShardedLlama, params: Tree, batch: Experience
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The sum over tokens of answers, and how many there are."""
+        sums = self._sums(sharded, params, batch)
+        return sums.loss, sums.weight
+
+    def measure(
+        self, sharded: ShardedLlama, params: Tree, batch: Experience
+    ) -> Mapping[str, Array]:
+        """See `PolicySums`."""
+        return self._sums(sharded, params, batch)._asdict()
+
+    def report(self, sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+        """The share of tokens whose ratio is clipped, and D_KL(old || new) a token."""
+        weight = max(sums["weight"], 1.0)
+        return {
+            "clipped": float(sums["clipped"] / weight),
+            "update_kl": float(sums["kl"] / weight),
+        }
+
+    def _sums(
+        self, sharded: ShardedLlama, params: Tree, batch: Experience
+    ) -> PolicySums:
+        batch, positions_1T = in_order(sharded, batch)
+        surprise_BT = token_surprise(
+            sharded, params, batch.tokens, batch.targets, None, positions_1T
+        )
+        with jax.named_scope("loss"):
+            return clipped_policy_loss(
+                -surprise_BT,
+                batch.logprobs,
+                batch.advantages,
+                batch.mask,
+                clip=self.clip,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class ValueObjective(Objective):
+    """Values near to the returns that came of it, and not too far from the old ones.
+
+    Attributes:
+      clip: see `PpoConfig.value_clip`.
+    """
+
+    clip: float
+
+    def loss(
+        self, sharded: ShardedLlama, params: Tree, batch: Experience
+    ) -> tuple[Float[Array, ""], Float[Array, ""]]:
+        """The sum over tokens of answers, and how many there are."""
+        sums = self._sums(sharded, params, batch)
+        return sums.loss, sums.weight
+
+    def _sums(
+        self, sharded: ShardedLlama, params: Tree, batch: Experience
+    ) -> ValueSums:
+        batch, positions_1T = in_order(sharded, batch)
+        read = {"params": params}, batch.tokens, None, positions_1T
+        values_BT: Any = sharded.model.apply(*read)
+        with jax.named_scope("loss"):
+            return clipped_value_loss(
+                values_BT, batch.values, batch.returns, batch.mask, clip=self.clip
+            )
+
+
+def _objective(recipe: PpoRecipe) -> PolicyObjective:
+    return PolicyObjective(recipe.ppo.clip)
+
+
+STAGE = Stage(reads="prompts", needs_model=True, objective=_objective)
+
+
+class Best(NamedTuple):
+    """The best pass over the held-out prompts.
+
+    Attributes:
+      reward: the mean of it.
+      step: after which it was.
+      seen: the step of the last pass.
+      num_worse: passes since the best.
+    """
+
+    reward: np.float32 = np.float32(-np.inf)
+    step: int = 0
+    seen: int = 0
+    num_worse: int = 0
+
+    def after(self, reward: float, step: int) -> "Best":
+        """With one more pass."""
+        if np.float32(reward) > self.reward:
+            return Best(np.float32(reward), step, step)
+        return self._replace(seen=step, num_worse=self.num_worse + 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class PpoState:
+    """Everything that changes.
+
+    Attributes:
+      policy: as any training has it; its `step` is that of the run.
+      critic: likewise.
+      experience: of the iteration that is being learnt, [P, T], whole on every device.
+      best: so far.
+    """
+
+    policy: TrainState
+    critic: TrainState
+    experience: Experience
+    best: Best
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """All that is compiled, of a recipe and the models on their mesh.
+
+    Attributes:
+      policy_step: consumes the state.
+      critic_step: likewise.
+      policy_eval: what the policy's objective measures.
+      rows: of an experience, for a step.
+      logprobs: of policy and reference.
+      values: of the critic.
+      learnt: what answers teach.
+    """
+
+    policy_step: TrainStep
+    critic_step: TrainStep
+    policy_eval: EvalStep
+    rows: Callable[[Experience, ArrayLike], Experience]
+    logprobs: LogprobsStep
+    values: ValuesStep
+    learnt: LearntStep
+
+
+def make_programs(
+    recipe: PpoRecipe, policy: ShardedLlama, critic: ShardedLlama
+) -> Programs:
+    """The programs; the first call of each compiles it."""
+    settings, objective = recipe.train, _objective(recipe)
+
+    def make_step(
+        sharded: ShardedLlama, config: OptimizerConfig, objective: Objective
+    ) -> TrainStep:
+        return make_train_step(
+            sharded,
+            make_optimizer(config, settings.num_steps),
+            make_schedule(config, settings.num_steps),
+            accumulate=settings.accumulate,
+            spike_norm=settings.spike_norm,
+            objective=objective,
+        )
+
+    values = ValueObjective(recipe.ppo.value_clip)
+    return Programs(
+        policy_step=make_step(policy, recipe.optimizer, objective),
+        critic_step=make_step(critic, _critic_optimizer(recipe), values),
+        policy_eval=make_eval_step(policy, objective),
+        rows=make_rows(policy),
+        logprobs=make_logprobs(policy),
+        values=make_values(critic),
+        learnt=make_learnt(policy, recipe.ppo),
+    )
+
+
+def ppo(
+    recipe: PpoRecipe,
+    workdir: epath.PathLike,
+    *,
+    init_from: epath.PathLike | None = None,
+    profile: tuple[int, int] | None = None,
+    watch: Callable[[Record], None] = lambda record: None,
+) -> bool:
+    """Let a chat model learn from the rewards of its answers, or go on with that.
+
+    The chat model of `init_from` is what the policy begins as, and the reference that
+    it is held to; where the run is gone on with, the place that it had then will do.
+    Arguments, result and errors are those of `train.pretrain.pretrain`; but the run is
+    at its end, too, when held-out prompts say so, see `PpoConfig.patience`.
+
+    Raises:
+      CheckpointError: there is no model to begin with; or the run in `workdir` began
+        with other models or sizes.
+      DataError: the data are no prompts, or leave answers too little room.
+      TokenizerError: a reward model has another tokenizer than the prompts.
+    """
+    with hosts_joined(recipe.train) as guard:
+        return _ppo(recipe, place(workdir), init_from, profile, watch, guard)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """All that the loop uses, as `train.loop.Run` has it.
+
+    Attributes:
+      reader: answers prompts, and reads the answers.
+      programs: the steps.
+      prompts: to learn from; every host has all, as all write the answers together.
+      held_out: likewise, never learnt from.
+      checkpoints: where the state goes.
+      sink: where the measurements go.
+      guard: says when to validate, save and stop.
+      profile: what to trace, and where to.
+    """
+
+    reader: Reader
+    programs: Programs
+    prompts: TrainingData
+    held_out: Sequence[PromptBatch]
+    checkpoints: RunCheckpoints
+    sink: Sink
+    guard: faults.Guard
+    profile: tuple[tuple[int, int] | None, str]
+
+    @property
+    def recipe(self) -> PpoRecipe:
+        """The recipe."""
+        return self.reader.recipe
+
+
+def _ppo(
+    recipe: PpoRecipe,
+    workdir: epath.Path,
+    init_from: epath.PathLike | None,
+    profile: tuple[int, int] | None,
+    watch: Callable[[Record], None],
+    guard: faults.Guard,
+) -> bool:
+    settings = recipe.train
+    sets = agreed_data(STAGE, recipe, workdir=str(workdir), init_from=str(init_from))
+    for prepared in sets:
+        _require_room(prepared, recipe)
+    policy = built(recipe)
+    decoding = _decoding_mesh(recipe, policy)
+    tokenizer = Tokenizer(sets[0].path / TOKENIZER)
+    checkpoints = RunCheckpoints(
+        workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
+    )
+    with checkpoints, faults.host_loss(), faults.memory_advice(settings):
+        hosts.require_agreement(checkpoints=checkpoints.steps)
+        resumed = bool(checkpoints.steps)
+        with hosts.failing_together():
+            keep_tokenizer(workdir, sets[0], resumed=resumed)
+            beginning = _beginning(workdir, init_from, recipe)
+            source = open_model(beginning, recipe, sets[0])
+        judge = _load_judge(recipe, policy, tokenizer)
+        # As the arithmetic rounds it anyway: the same bits, before the policy learns.
+        reference = source.load(policy.param_shardings, dtype=policy.model.dtype)
+        plan = _plan(recipe, reference, judge) | {"init_from": str(beginning)}
+        with hosts.failing_together():
+            _require_plan(workdir / PLAN, plan, resumed=resumed)
+        critic = _critic(recipe, policy, judge)
+        state, position = _restore_or(recipe, policy, critic, checkpoints, source)
+        programs = make_programs(recipe, policy, critic)
+        with hosts.failing_together():
+            prompts = TrainingData(
+                recipe.data, batch_size=recipe.ppo.prompts, position=position
+            )
+            held_out = ValidationData(recipe.data, batch_size=recipe.ppo.decode_batch)
+            start_step = int(state.policy.step)
+            sink = Sink(workdir, recipe, start_step=start_step, watch=watch)
+        with sink:
+            run = _Run(
+                reader=Reader(
+                    recipe=recipe,
+                    policy=policy,
+                    reference=reference,
+                    judge=judge,
+                    tokenizer=tokenizer,
+                    decoding=decoding,
+                    stop_now=guard.stop_now,
+                    logprobs=programs.logprobs,
+                    values=programs.values,
+                    learnt=programs.learnt,
+                ),
+                programs=programs,
+                prompts=prompts,
+                held_out=[
+                    batch for batch in held_out if isinstance(batch, PromptBatch)
+                ],
+                checkpoints=checkpoints,
+                sink=sink,
+                guard=guard,
+                profile=(profile, str(workdir / "profile")),
+            )
+            return _train(run, state, position)
+
+
+def _restore_or(
+    recipe: PpoRecipe,
+    policy: ShardedLlama,
+    critic: ShardedLlama,
+    checkpoints: RunCheckpoints,
+    source: AnyCheckpoint,
+) -> tuple[PpoState, int]:
+    """Resume, else begin with chat model and reward model; and the prompts answered."""
+    optimizer, critic_optimizer = (
+        make_optimizer(config, recipe.train.num_steps)
+        for config in (recipe.optimizer, _critic_optimizer(recipe))
+    )
+    empty = PpoState(
+        abstract_state(policy, optimizer),
+        abstract_state(critic, critic_optimizer),
+        nothing_learnt(recipe, policy),
+        Best(),
+    )
+    restored = checkpoints.restore(
+        _to_items(empty, policy), recipe, on_damaged=recipe.train.on_damaged_checkpoint
+    )
+    if restored is not None:
+        items, position = restored
+        state = _from_items(items)
+        _log.info("Going on from step %d.", int(state.policy.step))
+        return state, position
+    rewarded = open_any(
+        getattr(recipe.ppo, recipe.ppo.critic), max_length=recipe.model.max_length
+    )
+    params, values = (
+        load_params(source, policy, recipe),
+        load_params(rewarded, critic, recipe),
+    )
+    _log.info("Beginning with the parameters of %s.", source.directory)
+    return dataclasses.replace(
+        empty,
+        policy=fresh_state(policy, optimizer, params),
+        critic=fresh_state(critic, critic_optimizer, values),
+    ), 0
+
+
+def _train(run: _Run, state: PpoState, position: int) -> bool:
+    """Iterations until the recipe's last step, an early stop, or until asked to stop.
+
+    Args:
+      run: the parts.
+      state: where to begin; consumed.
+      position: prompts that were answered before.
+
+    Returns:
+      Whether the run has reached its end.
+    """
+    recipe, settings, programs = run.recipe, run.recipe.train, run.programs
+    clock = Stopwatch()
+    first = step = int(state.policy.step)
+    of_critic: list[tuple[int, Measured]] = []  # not yet written
+
+    def flush() -> None:
+        run.sink.flush()
+        _write_critic(run, of_critic)
+
+    def save() -> None:
+        with clock.measure("save"):
+            items = _to_items(state, run.reader.policy)
+            run.checkpoints.save(step, items, position, recipe)
+
+    def validated() -> PpoState:
+        with clock.measure("validate"):
+            told = held_out_reward(run.reader, state.policy.params, run.held_out)
+        if told is None:
+            return state
+        run.sink.write(step, **told)
+        best = state.best.after(told["validation_reward"], step)
+        return dataclasses.replace(state, best=best)
+
+    with jax.set_mesh(run.reader.policy.mesh), profiler(*run.profile) as profile:
+        if step > state.best.seen and step % settings.validate_every == 0:
+            state = validated()  # a signal came before it could be
+        while step < settings.num_steps and not _is_over(recipe, state.best):
+            if step % recipe.iteration_steps == 0:
+                flush()
+                with clock.measure("data"):
+                    gathered = _gathered(run, state, position)
+                if gathered is None:
+                    if step not in run.checkpoints.steps:
+                        save()
+                    break
+                experience, told = gathered
+                state = dataclasses.replace(state, experience=experience)
+                position += recipe.ppo.prompts
+                run.sink.write(step + 1, **told)
+            batch = programs.rows(state.experience, _numbers(recipe, step))
+            step += 1
+            profile(step)
+            sums = None
+            if step % recipe.iteration_steps == 0:  # most of it has been learnt
+                sums = programs.policy_eval(state.policy.params, batch)
+                hosts.in_turn(sums)
+            with clock.compiling(step == first + 1):
+                policy, measured = programs.policy_step(state.policy, batch)
+                hosts.in_turn(measured)
+                critic, measured_critic = programs.critic_step(state.critic, batch)
+            state = dataclasses.replace(state, policy=policy, critic=critic)
+            run.sink.record(step, measured)
+            of_critic.append((step, measured_critic))
+            decision = run.guard.decide(step, measured_critic)
+            if decision.validate or decision.save or sums is not None:
+                flush()  # a bad step is found before it is saved
+            if sums is not None:
+                report = _objective(recipe).report(jax.device_get(sums))
+                run.sink.write(step, **report)
+            if decision.validate:
+                state = validated()
+            if decision.save or _is_over(recipe, state.best):
+                save()
+            if decision.stop:
+                break
+        flush()
+        run.sink.write(step, time_shares=clock.shares())
+    if _is_over(recipe, state.best):
+        _log.warning(
+            "Stopped early at step %d: held-out prompts were rewarded best, with %.4f, "
+            "after step %d, and %d passes since have not beaten it.",
+            step,
+            state.best.reward,
+            state.best.step,
+            state.best.num_worse,
+        )
+        return True
+    return step >= settings.num_steps
+
+
+def _gathered(
+    run: _Run, state: PpoState, position: int
+) -> tuple[Experience, dict[str, float]] | None:
+    batch = next(run.prompts)
+    assert isinstance(batch, PromptBatch)
+    return gather(run.reader, state.policy.params, state.critic.params, batch, position)
+
+
+def _is_over(recipe: PpoRecipe, best: Best) -> bool:
+    return recipe.ppo.patience is not None and best.num_worse >= recipe.ppo.patience
+
+
+def _numbers(recipe: PpoRecipe, step: int) -> np.ndarray:
+    """Of the answers of an iteration, those that the step after so many is to learn."""
+    iteration, number = divmod(step, recipe.iteration_steps)
+    draw = np.random.default_rng([recipe.train.seed, iteration])
+    order_P = draw.permutation(recipe.ppo.prompts).astype(np.int32)
+    size = recipe.train.batch_size
+    return order_P[number * size : (number + 1) * size]
+
+
+def _write_critic(run: _Run, measured: list[tuple[int, Measured]]) -> None:
+    """Write the critic's steps, and check them as `Sink.record` does the policy's."""
+    for step, read in jax.device_get(measured):
+        loss, norm = float(read.loss), float(read.grad_norm)
+        if read.applied:
+            run.sink.write(step, value_loss=loss, value_grad_norm=norm)
+            continue
+        bad = (
+            f"step {step} of the critic: loss {loss}, gradient norm {norm}. The update "
+            "was not applied"
+        )
+        if run.recipe.train.on_bad_step == "stop":
+            raise TrainingError(
+                f"{bad} and the last checkpoint is good. Lower --ppo.critic-lr, or go "
+                "on past such steps with --train.on-bad-step skip."
+            )
+        _log.warning("%s; going on with the next step.", bad)
+    measured.clear()
+
+
+def _to_items(state: PpoState, sharded: ShardedLlama) -> dict[str, Tree]:
+    """The state as a checkpoint has it: the policy's parameters, and all else."""
+    policy, critic = to_items(state.policy), to_items(state.critic)
+    best = {
+        name: placed(value, sharded.sharding())
+        for name, value in state.best._asdict().items()
+    }
+    return {
+        "params": policy["params"],
+        "optimizer": {
+            "policy": policy["optimizer"],
+            "critic": critic,
+            "experience": dict(vars(state.experience)),
+            "best": best,
+        },
+    }
+
+
+def _from_items(items: Mapping[str, Tree]) -> PpoState:
+    """The inverse of `_to_items`."""
+    rest = items["optimizer"]
+    reward, *counts = (np.asarray(rest["best"][name]) for name in Best._fields)
+    return PpoState(
+        policy=from_items({"params": items["params"], "optimizer": rest["policy"]}),
+        critic=from_items(rest["critic"]),
+        experience=Experience(**rest["experience"]),
+        best=Best(np.float32(reward), *map(int, counts)),
+    )
+
+
+def _critic_optimizer(recipe: PpoRecipe) -> OptimizerConfig:
+    peak_lr = recipe.ppo.critic_lr or recipe.optimizer.peak_lr
+    return dataclasses.replace(recipe.optimizer, peak_lr=peak_lr)
+
+
+def _critic(recipe: PpoRecipe, policy: ShardedLlama, judge: Judge) -> ShardedLlama:
+    """A model of the sizes of the reward model it begins as, trained as the policy."""
+    config: LlamaConfig = getattr(judge, recipe.ppo.critic).sharded.config
+    return build(
+        config,
+        policy.mesh,
+        policy.rules,
+        dtype=policy.model.dtype,
+        remat=policy.model.remat,
+        attend=policy.model.attend,
+        head="scalar",
+    )
+
+
+def _require_room(prepared: Prepared, recipe: PpoRecipe) -> None:
+    if prepared.room < recipe.ppo.max_new_tokens:
+        raise DataError(
+            f"{prepared.path} was prepared with max_new_tokens {prepared.room}, and "
+            f"ppo.max_new_tokens is {recipe.ppo.max_new_tokens}: lower that, or "
+            "prepare the prompts again."
+        )
+
+
+def _decoding_mesh(recipe: PpoRecipe, sharded: ShardedLlama) -> jax.sharding.Mesh:
+    """The same devices: some share the weights, and groups of these the prompts."""
+    config = MeshConfig(
+        data=FILL,
+        fsdp=1,
+        tensor=recipe.ppo.decode_tensor,
+        dcn_data=recipe.mesh.num_slices,
+    )
+    mesh = make_mesh(config, list(sharded.mesh.devices.flat))
+    params_layout(recipe.model, mesh, decoding_rules())  # refuses what does not divide
+    return mesh
+
+
+def _load_judge(
+    recipe: PpoRecipe, sharded: ShardedLlama, tokenizer: Tokenizer
+) -> Judge:
+    """Both reward models, which read what the policy writes, on its mesh."""
+
+    def load(path: str) -> RewardModel:
+        model = load_reward(path, mesh=sharded.mesh, dtype=recipe.train.compute_dtype)
+        if model.tokenizer.digest != tokenizer.digest:
+            raise TokenizerError(
+                f"the reward model {path} has another tokenizer than the prompts, so "
+                "that ids mean other text to it: train it from the chat model that is "
+                "to learn."
+            )
+        longest = model.sharded.config.max_length
+        if longest < recipe.data.sequence_length:
+            raise ConfigError(
+                f"the reward model {path} reads {longest} tokens, and "
+                f"data.sequence_length is {recipe.data.sequence_length}: lower that."
+            )
+        return model
+
+    return Judge(
+        safety=load(recipe.ppo.safety),
+        helpfulness=load(recipe.ppo.helpfulness),
+        threshold=recipe.ppo.threshold,
+    )
+
+
+def _beginning(
+    workdir: epath.Path, init_from: epath.PathLike | None, recipe: PpoRecipe
+) -> epath.Path:
+    """What the policy begins as, or began as: given, or written down at the start."""
+    if init_from is None:
+        init_from = (_read_plan(workdir / PLAN) or {}).get("init_from")
+    if init_from is None:
+        raise CheckpointError(
+            f"{recipe.stage} goes on from a model: give its checkpoint with "
+            "--init-from."
+        )
+    return absolute(place(init_from))
+
+
+def _plan(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
+    mesh = judge.safety.sharded.mesh
+    return {
+        "reference": checksum(reference, mesh),
+        "helpfulness": checksum(judge.helpfulness.params, mesh),
+        "safety": checksum(judge.safety.params, mesh),
+        "critic": recipe.ppo.critic,
+        "prompts": recipe.ppo.prompts,
+        "batch_size": recipe.train.batch_size,
+        "sequence_length": recipe.data.sequence_length,
+        "compute_dtype": recipe.train.compute_dtype,
+    }
+
+
+def _read_plan(path: epath.Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): remove it, and give --init-from again."
+        ) from error
+
+
+def _require_plan(path: epath.Path, plan: Mapping[str, Any], *, resumed: bool) -> None:
+    """The run has the models and sizes that it began with; the first host writes them.
+
+    They may have moved: models are told by their parameters.
+    """
+    before = _read_plan(path) if resumed else None
+    if before is not None:
+        changes = [
+            f"{name} was {before.get(name)}, now {value}"
+            for name, value in plan.items()
+            if name != "init_from" and before.get(name) != value
+        ]
+        if changes:
+            raise CheckpointError(
+                f"{path.parent} holds a run that began otherwise: "
+                f"{'; '.join(changes)}. Go on with the models and sizes that it began "
+                "with, or use another --workdir."
+            )
+    if jax.process_index() != 0 or before == plan:
+        return
+    try:
+        partial = path.parent / f".{path.name}.partial"
+        partial.write_text(json.dumps(plan, indent=2) + "\n")
+        partial.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written: {error}.") from error

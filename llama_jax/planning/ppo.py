@@ -1,0 +1,83 @@
+"""PPO on a slice: five models at once, while they learn and while answers are written.
+
+The step that is compiled is the policy's. Critic, reference and reward models lie
+beside it; they are planned to be of the policy's sizes. While answers are written, all
+of that stays, and a copy of the policy for decoding comes to it, with its cache.
+"""
+
+import dataclasses
+
+from llama_jax.config.recipe import PpoRecipe
+from llama_jax.planning.decode import DecodePlan, bound_decode, plan_decode
+from llama_jax.planning.estimate import beside_bytes
+from llama_jax.planning.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PpoPlan:
+    """An iteration of PPO on a slice.
+
+    Attributes:
+      learning: of the policy's step, with the other models beside it.
+      writing: of the answers, by the copy for decoding alone.
+    """
+
+    learning: Plan
+    writing: DecodePlan
+
+    @property
+    def recipe(self) -> PpoRecipe:
+        """What is planned."""
+        assert isinstance(self.learning.recipe, PpoRecipe)
+        return self.learning.recipe
+
+    @property
+    def writing_bytes(self) -> int:
+        """Bytes per chip while answers are written."""
+        memory = self.learning.memory
+        beside = beside_bytes(self.recipe, self.learning.topology.num_chips)
+        kept = memory["parameters"] + memory["optimizer"] + sum(beside.values())
+        return kept + self.writing.held_bytes
+
+    @property
+    def fits(self) -> bool:
+        """Whether a chip holds both."""
+        return self.learning.fits and self.writing_bytes <= self.learning.hbm_limit
+
+    @property
+    def writing_seconds(self) -> float | None:
+        """Predicted, for the answers of an iteration, all as long as may be."""
+        ppo, token = self.recipe.ppo, self.writing.token_seconds
+        times = -(-ppo.prompts // ppo.decode_batch)
+        return token and token * ppo.max_new_tokens * times
+
+    @property
+    def policy_seconds(self) -> float | None:
+        """Predicted, for the policy's steps of an iteration."""
+        step = self.learning.step_seconds
+        return step and step * self.recipe.iteration_steps
+
+
+def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
+    """Add to the plan of a policy's steps that of its answers.
+
+    Args:
+      learning: of a `PpoRecipe`.
+      compiles: whether the loop that writes is compiled, too.
+
+    Raises:
+      PlanError: the chips do not divide as `ppo.decode_tensor` and `ppo.decode_batch`
+        say.
+      ShardingError: they do not divide the model.
+    """
+    recipe = learning.recipe
+    assert isinstance(recipe, PpoRecipe)
+    make = plan_decode if compiles else bound_decode
+    writing = make(
+        recipe.model,
+        learning.topology,
+        batch=recipe.ppo.decode_batch,
+        length=recipe.data.sequence_length,
+        tensor=recipe.ppo.decode_tensor,
+    )
+    return PpoPlan(learning=learning, writing=writing)

@@ -1,0 +1,105 @@
+"""Plans of PPO: five models on a chip, while they learn and while answers come."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from llama_jax.build import build
+from llama_jax.cli import main
+from llama_jax.config.recipe import load_recipe
+from llama_jax.model.count import abstract_params
+from llama_jax.planning.estimate import beside_bytes
+from llama_jax.planning.plan import estimated, resolve
+from llama_jax.planning.ppo import PpoPlan, plan_ppo
+from llama_jax.planning.report import ppo_to_json, ppo_verdict
+from sharding import MeshConfig, make_mesh, training_rules
+from tests import runs
+from tests.architecture.tree import ROOT
+from tests.planning.recipes import POWER
+
+CHAT = ROOT / "configs" / "chat"
+LARGEST = f"{CHAT}/llama2_70b.py:ppo"
+
+
+def planned(place: str, **ppo: object) -> PpoPlan:
+    """By arithmetic, with fields of `ppo` changed."""
+    recipe = runs.changed(load_recipe(place), "ppo", **ppo)
+    recipe, topology = resolve(recipe, None, None)
+    return plan_ppo(estimated(recipe, topology, POWER), compiles=False)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(fsdp=8), MeshConfig(fsdp=4, tensor=2)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_models_beside_the_policy_are_exact(mesh, dtype):
+    recipe = runs.ppo_recipe("data", 64, helpfulness="a", safety="b")
+    recipe = runs.changed(recipe, "train", compute_dtype=dtype)
+    recipe = dataclasses.replace(recipe, mesh=mesh)
+    rules = training_rules(sequence_parallel=False)
+
+    def held(head, dtype) -> int:
+        sharded = build(
+            recipe.model,
+            make_mesh(mesh),
+            rules,
+            dtype="float32",
+            remat="none",
+            head=head,
+        )
+        numbers = sum(
+            math.prod(place.shard_shape(leaf.shape))
+            for leaf, place in zip(
+                jax.tree.leaves(abstract_params(recipe.model, head)),
+                jax.tree.leaves(sharded.param_shardings),
+                strict=True,
+            )
+        )
+        return numbers * jnp.dtype(dtype).itemsize
+
+    assert beside_bytes(recipe, 8) == {
+        "critic and its optimizer": 3 * held("scalar", "float32"),
+        "reference and reward models": held("unembed", dtype)
+        + 2 * held("scalar", dtype),
+    }
+
+
+def test_nothing_is_beside_other_stages():
+    assert beside_bytes(runs.recipe("data"), 8) == {}
+
+
+def test_writing_comes_to_all_that_stays():
+    plan = planned(LARGEST)
+    stays = plan.learning.memory["parameters"] + plan.learning.memory["optimizer"]
+    stays += sum(beside_bytes(plan.recipe, 64).values())
+    copy = plan.writing.weight_bytes + plan.writing.cache_bytes
+    assert plan.writing_bytes == stays + copy
+    assert plan.fits
+    assert f"writing fits: {plan.writing_bytes / 2**30:.2f} of 95.73" in ppo_verdict(
+        plan
+    )
+    # 70B in bfloat16 over 8 chips; keys and values of 64 rows to each group of them.
+    assert plan.writing.weight_bytes == pytest.approx(138e9 / 8, rel=0.02)
+    cache = 2 * 80 * 8 * 128 * 2 * 2048 * 64 / 8
+    assert plan.writing.cache_bytes == cache
+
+
+def test_more_than_a_chip_holds():
+    crowded = planned(LARGEST, decode_tensor=2, decode_batch=512)
+    assert crowded.learning.fits and not crowded.fits
+    assert "does not fit" in ppo_verdict(crowded)
+    assert "--ppo.decode-tensor" in ppo_verdict(crowded)
+    assert ppo_to_json(crowded)["fits"] is False
+
+
+def test_the_command(capsys):
+    assert main(["plan", LARGEST]) == 0
+    said = capsys.readouterr().out
+    assert "critic and its optimizer" in said
+    assert "Beside all else that a chip holds, writing fits" in said
+    assert main(["plan", LARGEST, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["fits"] and told["writing"]["batch"] == 512
+    assert told["memory"]["reference and reward models"] > 0
