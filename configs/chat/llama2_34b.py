@@ -6,8 +6,11 @@ r"""Llama 2-Chat 34B of Llama 2 34B, as in the paper's section 3.
         --workdir gs://BUCKET/34b-sft
     llama-jax data comparisons --train PAIRS.jsonl --validation HELD_OUT.jsonl \
         --tokenizer tokenizer.model --output data/helpfulness
+    (and so data/helpfulness-others, data/safety and data/safety-others)
     llama-jax train configs/chat/llama2_34b.py:helpfulness \
         --init-from gs://BUCKET/34b-sft --workdir gs://BUCKET/34b-helpfulness
+    llama-jax train configs/chat/llama2_34b.py:safety \
+        --init-from gs://BUCKET/34b-sft --workdir gs://BUCKET/34b-safety
     llama-jax data prompts --train PROMPTS.jsonl --validation HELD_OUT.jsonl \
         --tokenizer tokenizer.model --output data/prompts
     llama-jax train configs/chat/llama2_34b.py:ppo --init-from gs://BUCKET/34b-sft \

@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, Literal, Self
@@ -137,8 +138,8 @@ class EpochRecipe(TrainingRecipe):
         """The recipe with the steps that its epochs of so many rows need."""
         if self.epochs is None:
             return self
-        first, weights = self.data.weights[0], self.data.weights
-        rows = self.epochs * num_rows * sum(weights) / first
+        first, *others = map(Fraction, self.data.weights)  # floats would round up
+        rows = self.epochs * num_rows * (first + sum(others)) / first
         steps = math.ceil(rows / self.train.batch_size)
         train = dataclasses.replace(self.train, num_steps=steps)
         return dataclasses.replace(self, train=train, epochs=None)
@@ -231,7 +232,8 @@ class PpoRecipe(TrainingRecipe):
             )
         if ppo.patience is not None:
             waited = ppo.patience * train.validate_every
-            kept = (train.keep_latest - 1) * train.checkpoint_every
+            # One more than those: a preemption saves, too.
+            kept = (train.keep_latest - 2) * train.checkpoint_every
             if train.validate_every % train.checkpoint_every or kept < waited:
                 raise ConfigError(
                     f"ppo.patience {ppo.patience} ends a run {waited} steps after its "
@@ -367,7 +369,8 @@ def paper_reward(
     """The paper's training of a reward model (section 3.2.2): one epoch, 512 pairs.
 
     All comparisons about the one quality, and others mixed in: as many for
-    helpfulness, a tenth of all for safety. The rate ends at a tenth of its peak, and
+    helpfulness, a tenth of all for safety; counted in rows, of which those of shorter
+    comparisons hold more. The rate ends at a tenth of its peak, and
     grows for 3 % of the steps, or 5.
 
     Ours: a step takes 192 rows of 4,096 tokens, which hold about 490 pairs as long as
@@ -446,7 +449,7 @@ def paper_ppo(
             num_steps=400 * 8,
             validate_every=10 * 8,
             checkpoint_every=10 * 8,
-            keep_latest=4,
+            keep_latest=5,
         ),
         mesh=mesh,
         sequence_parallel=False,

@@ -409,7 +409,7 @@ def _json(row: bytes) -> Any:
     _require_size(row)
     try:
         return json.loads(_decode(row))
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # JSONDecodeError, and numbers of too many digits
         raise _BadRowError(f"it is not JSON ({error})") from None
     except RecursionError:
         raise _BadRowError("its JSON is nested too deeply") from None

@@ -1,7 +1,7 @@
 """The arithmetic of RLHF, as pure functions of arrays (paper, section 3.2.3).
 
 No model, no mesh: under `jax.jit` the arrays are global, and so is every sum. Shape
-suffixes: B rows, T position in the order of the text, V vocabulary. What stands at a
+suffixes: B rows, T position in the order of the text. What stands at a
 position concerns one token of the response: its log-probability, and the value of
 what precedes it. A mask is positive there and 0 at prompts and padding; weights also
 say how much. What is masked may be anything, NaN too: it reaches neither a result nor
@@ -80,21 +80,6 @@ def sampled_kl(
     (Schulman's k1). The estimator is ours: the paper names the divergence only.
     """
     return _kept(logprobs_BT, mask_BT) - _kept(reference_BT, mask_BT)
-
-
-def exact_kl(
-    logits_BTV: Float[Array, "B T V"],
-    reference_BTV: Float[Array, "B T V"],
-    mask_BT: Mask,
-) -> Float[Array, "B T"]:
-    """D_KL(pi || pi0) of the next token, over the whole vocabulary, in nats.
-
-    What `sampled_kl` is on average; for reports, as it needs all logits of both models.
-    """
-    mask_BT1 = mask_BT[..., None]
-    logprobs_BTV = jax.nn.log_softmax(_kept(logits_BTV, mask_BT1))
-    reference_BTV = jax.nn.log_softmax(_kept(reference_BTV, mask_BT1))
-    return jnp.sum(jnp.exp(logprobs_BTV) * (logprobs_BTV - reference_BTV), axis=-1)
 
 
 def token_rewards(

@@ -354,6 +354,12 @@ def _ppo(
         hosts.require_agreement(checkpoints=checkpoints.steps)
         resumed = bool(checkpoints.steps)
         with hosts.failing_together():
+            if resumed and not (workdir / PLAN).exists():
+                raise CheckpointError(
+                    f"{workdir} has checkpoints and no {PLAN}: it is a run of another "
+                    "stage, or has lost that file, which says what it began with. Use "
+                    "another --workdir."
+                )
             keep_tokenizer(workdir, sets[0], resumed=resumed)
             beginning = _beginning(workdir, init_from, recipe)
             source = open_model(beginning, recipe, sets[0])
@@ -476,7 +482,8 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
         return dataclasses.replace(state, best=best)
 
     with jax.set_mesh(run.reader.policy.mesh), profiler(*run.profile) as profile:
-        if step > state.best.seen and step % settings.validate_every == 0:
+        is_due = step % settings.validate_every == 0 or step == settings.num_steps
+        if step > state.best.seen and is_due:
             state = validated()  # a signal came before it could be
         while step < settings.num_steps and not _is_over(recipe, state.best):
             if step % recipe.iteration_steps == 0:
@@ -513,9 +520,11 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
                 run.sink.write(step, **report)
             if decision.validate:
                 state = validated()
-            if decision.save or _is_over(recipe, state.best):
+            # Where a signal ended the pass, it is made when the run goes on from here.
+            stopped = decision.stop or (decision.validate and state.best.seen < step)
+            if decision.save or stopped or _is_over(recipe, state.best):
                 save()
-            if decision.stop:
+            if stopped:
                 break
         flush()
         run.sink.write(step, time_shares=clock.shares())
@@ -702,7 +711,10 @@ def _plan(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
 
 def _read_plan(path: epath.Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text()) if path.exists() else None
+        plan = json.loads(path.read_text()) if path.exists() else None
+        if plan is not None and not isinstance(plan, dict):
+            raise ValueError("it is no object")
+        return plan
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read ({error}): remove it, and give --init-from again."

@@ -116,13 +116,16 @@ class Iteration:
                 raise _damaged(path, f"it has {len(rollouts)} lines")
             yield from rollouts
 
-    def scores(self) -> Float[np.ndarray, "P K"]:
-        """The combined score of every answer, before the sigmoid.
+    def rewards(self) -> Float[np.ndarray, "P K"]:
+        """The combined score of every answer, as a number in (0, 1).
+
+        Of those too that are never chosen, because they were cut.
 
         Raises:
           DataError: a file is damaged.
         """
-        return np.stack([rollout.scores.combined for rollout in self.rollouts()])
+        raw = np.stack([rollout.scores.combined for rollout in self.rollouts()])
+        return 1 / (1 + np.exp(-raw.astype(np.float64)))
 
     @property
     def _num_shards(self) -> int:
@@ -347,22 +350,22 @@ class RewardCurve(NamedTuple):
     median: Float[np.ndarray, " K"]
 
 
-def reward_curve(scores: ArrayLike) -> RewardCurve:
-    """The curve of Figure 7, whose rewards are sigmoids of scores.
+def reward_curve(rewards: ArrayLike) -> RewardCurve:
+    """The curve of Figure 7.
 
     For each N it is the mean over all choices of N out of the K answers, in closed
     form: unbiased, and without the jumps of a single draw.
 
     Args:
-      scores: of each answer to each prompt, [P, K]; in any order.
+      rewards: of each answer to each prompt, [P, K], see `Iteration.rewards`.
 
     Raises:
       DataError: they are no such table of numbers.
     """
-    table = np.asarray(scores, np.float64)
+    table = np.asarray(rewards, np.float64)
     if table.ndim != 2 or not table.size or not np.isfinite(table).all():
         raise DataError(
-            f"scores has the shape {table.shape}: give finite numbers, a row for each "
+            f"rewards has the shape {table.shape}: give finite numbers, a row for each "
             "prompt, with equally many answers in each."
         )
     mean = np.sort(table, axis=1).mean(axis=0)

@@ -390,7 +390,8 @@ class PpoReport:
                 f"Predicted, of an iteration: {plan.writing_seconds:.0f} s for "
                 f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens, "
                 f"{plan.policy_seconds:.0f} s for {plan.recipe.iteration_steps} steps "
-                "of the policy. The critic's steps, and the scoring, come to it."
+                "of the policy. To it come the critic's steps, the prompts, the copy "
+                "of the weights, and all scoring."
             )
 
 

@@ -59,6 +59,7 @@ class TestSource:
         ("line", "words"),
         [
             ("{", "it is not JSON"),
+            ('{"messages": ' + "9" * 5000 + "}", "it is not JSON .*digits"),
             ("[]", "it is list, not an object with 'messages'"),
             ('{"dialog": []}', "'messages' is missing; it has 'dialog'"),
             ('{"messages": "ba"}', "'messages' is str, not a list"),

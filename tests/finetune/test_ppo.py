@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 
 import jax
@@ -399,7 +400,7 @@ def test_it_stops_early(recipe, untrained, tmp_path, monkeypatch, caplog):
     patient = runs.changed(
         recipe, "train", num_steps=40, validate_every=2, checkpoint_every=1
     )
-    patient = runs.changed(patient, "train", keep_latest=5)
+    patient = runs.changed(patient, "train", keep_latest=6)
     patient = runs.changed(patient, "ppo", patience=2)
     assert ppo.ppo(patient, tmp_path, init_from=untrained)
     assert len(told(tmp_path, "validation_reward")) == 3
@@ -552,6 +553,16 @@ class TestErrors:
             CheckpointError, match="began otherwise: prompts was 32, now"
         ):
             ppo.ppo(more, whole)
+
+    def test_a_run_that_is_none_of_ppo(self, whole, recipe, untrained, tmp_path):
+        run = shutil.copytree(whole, tmp_path / "run")
+        (run / "ppo.json").write_text("[]")
+        with pytest.raises(CheckpointError, match="it is no object"):
+            ppo.ppo(recipe, run)
+        (run / "ppo.json").unlink()
+        with pytest.raises(CheckpointError, match="has checkpoints and no ppo.json"):
+            ppo.ppo(recipe, run, init_from=untrained)
+        assert not (run / "ppo.json").exists()
 
     @pytest.mark.parametrize(
         "part, values, message",

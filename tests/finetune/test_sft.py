@@ -152,6 +152,9 @@ def test_epochs_are_those_of_the_first_data_set(chats):
     data = dataclasses.replace(recipe(chats).data, paths=("a", "b"), weights=(9.0, 1.0))
     mixed = dataclasses.replace(recipe(chats), data=data).with_steps(720)
     assert mixed.train.num_steps * 8 == 3 * 720 * 10 / 9
+    # In floats 3 * 8 * 0.1 / 0.1 is a little more than 24.
+    alone = runs.changed(recipe(chats), "data", weights=(0.1,)).with_steps(8)
+    assert alone.train.num_steps == 3
 
 
 def test_pretraining_counts_steps(chats):
