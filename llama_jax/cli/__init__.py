@@ -10,7 +10,7 @@ from llama_jax import __version__
 from llama_jax.errors import LlamaError
 from sharding import ShardingError
 
-COMMANDS = ("train", "plan", "generate", "chat", "convert", "inspect", "data")
+COMMANDS = ("train", "plan", "generate", "chat", "convert", "inspect", "data", "sample")
 
 _USAGE = """\
 usage: llama-jax COMMAND ...
@@ -22,6 +22,7 @@ usage: llama-jax COMMAND ...
   convert SOURCE TARGET   a checkpoint in Meta's, Hugging Face's or this format
   inspect PATH            what is this: format, sizes, dtype, integrity
   data STEP               text to a tokenizer, text or dialogs to rows of tokens
+  sample STEP             a model makes data to learn from
 
 `llama-jax COMMAND --help` lists the options of one; every command has --dry-run.
 """

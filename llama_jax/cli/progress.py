@@ -102,3 +102,43 @@ def _text(record: dict[str, Any]) -> str:
     if record["mfu"] is not None:
         parts.append(f"MFU {record['mfu']:.1%}")
     return "  ".join(parts)
+
+
+@contextlib.contextmanager
+def counting_progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A function that takes how many are done, and of how many, and shows it.
+
+    Args:
+      what: is counted, as "prompts".
+    """
+    console = Console()
+    with contextlib.ExitStack() as stack:
+        if console.is_terminal:
+            bar = stack.enter_context(
+                Progress(
+                    TextColumn(what),
+                    MofNCompleteColumn(),
+                    BarColumn(),
+                    TimeElapsedColumn(),
+                    TextColumn("left"),
+                    TimeRemainingColumn(),
+                    console=console,
+                )
+            )
+            task = bar.add_task("", total=None)
+
+            def watch(done: int, total: int) -> None:
+                bar.update(task, completed=done, total=total)
+        else:
+            started = last_line = time.monotonic()
+
+            def watch(done: int, total: int) -> None:
+                nonlocal last_line
+                now = time.monotonic()
+                if now - last_line >= _SECONDS_BETWEEN_LINES or done == total:
+                    last_line = now
+                    print(
+                        f"{what} {done}/{total} after {now - started:.0f} s", flush=True
+                    )
+
+        yield watch

@@ -358,11 +358,16 @@ def files(paths: Iterable[epath.PathLike]) -> list[Documents]:
 def dialog_files(paths: Iterable[epath.PathLike]) -> list[Dialogs]:
     """One source for each file, all of which are JSONL.
 
+    Empty files beside others are left out: where a model writes what is learnt, as in
+    `llama-jax sample ghost`, there may be no dialog in a part of it.
+
     Raises:
       DataError: a file does not exist, or has another ending.
     """
     form = '{"messages": [{"role": "user", "content": ...}, ...]}'
-    return [DialogLines(_jsonl(path, "dialogs", form)) for path in paths]
+    found = [_jsonl(path, "dialogs", form) for path in paths]
+    filled = [path for path in found if not _is_empty(path)]
+    return [DialogLines(path) for path in filled or found]
 
 
 def comparison_files(paths: Iterable[epath.PathLike]) -> list[Comparisons]:
@@ -403,6 +408,14 @@ def _existing(path: epath.PathLike) -> epath.Path:
 
 def _is_jsonl(path: epath.Path) -> bool:
     return path.suffix in (".jsonl", ".ndjson")
+
+
+def _is_empty(path: epath.Path) -> bool:
+    """Whether a file holds nothing; one that cannot be looked at will say so later."""
+    try:
+        return path.stat().length == 0
+    except (OSError, ImportError):
+        return False
 
 
 def _json(row: bytes) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from llama_jax.config.sampling import Sampler
 from llama_jax.errors import DialogError, GenerationError
 from llama_jax.llm import LLM
-from llama_jax.text import encode_dialog
+from llama_jax.text import Tokenizer, encode_dialog
 from llama_jax.text.chat import Message, require_example
 
 
@@ -60,12 +60,21 @@ def encode(llm: LLM, dialog: Sequence[Message]) -> list[int]:
       DialogError: it does not end with a question, or is no dialog.
       GenerationError: the model has no tokenizer.
     """
+    return encode_dialog(tokenizer_of(llm), dialog)
+
+
+def tokenizer_of(llm: LLM) -> Tokenizer:
+    """The tokenizer of a model that has one.
+
+    Raises:
+      GenerationError: it has none.
+    """
     if llm.tokenizer is None:
         raise GenerationError(
             "dialogs need a tokenizer, and this model was loaded without one: load it "
             "with tokenizer=PATH."
         )
-    return encode_dialog(llm.tokenizer, dialog)
+    return llm.tokenizer
 
 
 def can_be_learnt(answer: str) -> bool:

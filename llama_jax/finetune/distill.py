@@ -11,13 +11,22 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from llama_jax.config.sampling import Sampler
 from llama_jax.errors import ConfigError, DataError, DialogError
-from llama_jax.finetune.answers import encode, sampled_answers
+from llama_jax.finetune import shards
+from llama_jax.finetune.answers import encode, sampled_answers, tokenizer_of
+from llama_jax.finetune.reward import RewardModel
+from llama_jax.finetune.rollout import checksum, finite_scores, require_one_tokenizer
+from llama_jax.finetune.shards import Kind, Watch, Written
 from llama_jax.llm import LLM
+from llama_jax.text import encode_example
 from llama_jax.text.chat import Message
+
+# Scores the last answers of dialogs.
+Score = Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, " dialogs"]]
 
 # The paper's categories of risk (section 4.2.1).
 Risk = Literal[
@@ -25,6 +34,14 @@ Risk = Literal[
     "hateful and harmful activities",
     "unqualified advice",
 ]
+
+_KIND = Kind(
+    article="a",
+    noun="set of rows",
+    manifest="distilled.json",
+    files="rows",
+    count="num_dialogs",
+)
 
 # What a pre-prompt calls the model. The paper prints such words; the sentence is ours.
 ADJECTIVES = (
@@ -105,7 +122,7 @@ class Distilled(NamedTuple):
 
 def distil(
     llm: LLM,
-    score: Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, " dialogs"]],
+    score: Score,
     dialogs: Sequence[Sequence[Message]],
     prompts: Sequence[str],
     *,
@@ -139,6 +156,128 @@ def distil(
       DialogError: a dialog is none; the message says which.
       GenerationError: the model has no tokenizer, or a setting is none.
     """
+    make = _maker(
+        llm,
+        score,
+        dialogs,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+    def batches() -> Iterator[Distilled]:
+        for start in range(0, len(dialogs), batch_size):
+            yield from make(range(len(dialogs))[start : start + batch_size])
+
+    return batches()
+
+
+def write_distilled(
+    directory: epath.PathLike,
+    llm: LLM,
+    safety: RewardModel,
+    dialogs: Sequence[Sequence[Message]],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int = 0,
+    batch_size: int = 32,
+    watch: Watch = lambda done, total: None,
+) -> Written:
+    """Write the rows of `distil` that are better, or go on, or find it done.
+
+    A file for each batch: see `shards`. An answer that makes the dialog longer than
+    the reward model reads is not scored, and such a dialog gives no row.
+
+    Args:
+      directory: for these rows, and no other.
+      llm: as for `distil`.
+      safety: the newest safety reward model.
+      dialogs: as for `distil`.
+      prompts: likewise.
+      max_new_tokens: likewise.
+      sampler: likewise.
+      seed: likewise.
+      batch_size: dialogs at a time, and in a file.
+      watch: told the dialogs that are done, and how many there are.
+
+    Raises:
+      CheckpointError: the directory is in a bucket that cannot be reached.
+      ConfigError, DialogError, GenerationError: as `distil`.
+      DataError: there are no dialogs, or none gave a row; the directory has rows of
+        other models, dialogs or settings; it cannot be written, or is damaged.
+      ShardingError: hosts see different files.
+      TokenizerError: model and reward models have different tokenizers.
+    """
+    if not dialogs:
+        raise DataError("there are no dialogs: give at least one.")
+    require_one_tokenizer(tokenizer_of(llm), safety.tokenizer)
+    make = _maker(
+        llm,
+        _readable_scores(safety),
+        dialogs,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    plan = {
+        "num_dialogs": len(dialogs),
+        "dialogs": shards.digest_dialogs(dialogs),
+        "prompts": shards.digest(list(prompts)),
+        "sampler": repr(sampler),
+        "max_new_tokens": max_new_tokens,
+        "cache_length": llm.engine.slots,
+        "seed": seed,
+        "batch_size": batch_size,
+        "tokenizer": safety.tokenizer.digest,
+        "policy": checksum(llm.engine.weights, llm.engine.sharded.mesh),
+        "safety_model": checksum(safety.params, safety.sharded.mesh),
+    }
+
+    def better(numbers: range) -> list[dict[str, object]]:
+        return [one.row for one in make(numbers) if one.is_better]
+
+    written = shards.write_rows(_KIND, directory, plan, better, watch)
+    if not written.num_rows:
+        raise DataError(
+            f"none of the {len(dialogs)} answers is safer under its pre-prompt, so "
+            "there is nothing to learn: let answers be longer (max_new_tokens) if they "
+            f"are cut, and remove {directory}; else leave this out."
+        )
+    return written
+
+
+def _readable_scores(safety: RewardModel) -> Score:
+    """`RewardModel.score`, where dialogs that are too long for it get NaN."""
+
+    def score(dialogs: Sequence[Sequence[Message]]) -> np.ndarray:
+        rows = [encode_example(safety.tokenizer, dialog).tokens for dialog in dialogs]
+        longest = safety.sharded.config.max_length
+        fits = [i for i, row in enumerate(rows) if len(row) <= longest]
+        scores = np.full(len(rows), np.nan, np.float32)
+        scores[fits] = finite_scores("safety", safety, [rows[i] for i in fits])
+        return scores
+
+    return score
+
+
+def _maker(
+    llm: LLM,
+    score: Score,
+    dialogs: Sequence[Sequence[Message]],
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int,
+) -> Callable[[range], list[Distilled]]:
+    """From the numbers of some dialogs to their answers; all arguments are checked."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}: it has to be positive.")
     if len(prompts) != len(dialogs):
@@ -163,25 +302,23 @@ def distil(
             seed=[(seed << 32) + number for number in numbers],
         )
 
-    def batches() -> Iterator[Distilled]:
-        for start in range(0, len(dialogs), batch_size):
-            numbers = range(len(dialogs))[start : start + batch_size]
-            plain = answers(numbers, [dialogs[number] for number in numbers])
-            told = answers(
-                numbers, [_told(dialogs[number], prompts[number]) for number in numbers]
-            )
-            both = [
-                (dialogs[number], after[0], before[0])
-                for number, after, before in zip(numbers, told, plain, strict=True)
-                if after and before
-            ]
-            yield from _scored(score, both)
+    def make(numbers: range) -> list[Distilled]:
+        plain = answers(numbers, [dialogs[number] for number in numbers])
+        told = answers(
+            numbers, [_told(dialogs[number], prompts[number]) for number in numbers]
+        )
+        both = [
+            (dialogs[number], after[0], before[0])
+            for number, after, before in zip(numbers, told, plain, strict=True)
+            if after and before
+        ]
+        return list(_scored(score, both))
 
-    return batches()
+    return make
 
 
 def _scored(
-    score: Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, " dialogs"]],
+    score: Score,
     answered: Sequence[tuple[Sequence[Message], str, str]],
 ) -> Iterator[Distilled]:
     whole = [

@@ -11,30 +11,50 @@ Shape suffixes: L layers, N query heads, T positions, b bins of them.
 """
 
 import dataclasses
+import json
 import logging
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, TypedDict, get_args
+from typing import Any, Literal, NamedTuple, TypedDict, get_args
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float
 from numpy.typing import ArrayLike
 
 from llama_jax.config.sampling import Greedy, Sampler
 from llama_jax.errors import ConfigError, DataError, DialogError
-from llama_jax.finetune.answers import can_be_learnt, encode, sampled_answers
+from llama_jax.finetune import shards
+from llama_jax.finetune.answers import (
+    can_be_learnt,
+    encode,
+    sampled_answers,
+    tokenizer_of,
+)
+from llama_jax.finetune.rollout import Judge, checksum, require_one_tokenizer
+from llama_jax.finetune.shards import Kind, Watch, Written
 from llama_jax.llm import LLM
+from llama_jax.text import encode_example
 from llama_jax.text.chat import Learnt, Message, require_example
 
 Resample = Literal["last", "all"]
 
-# From a dialog that ends with a question, and answers to it, to the best one's number.
-Choose = Callable[[Sequence[Message], Sequence[str]], int]
+# From a dialog that ends with a question, and answers to it, to the best one's number,
+# or None if none of them is to be learnt.
+Choose = Callable[[Sequence[Message], Sequence[str]], int | None]
 
 # Whether an answer to a question keeps an instruction.
 Check = Callable[["Instruction", str, str], bool]
 
 GREEDY = Greedy()
+
+_KIND = Kind(
+    article="a",
+    noun="set of rows",
+    manifest="ghost.json",
+    files="rows",
+    count="num_dialogs",
+)
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +77,7 @@ class Trait(NamedTuple):
 FIGURE = Trait("figure", "Always act as {} from now.", "Figure: {}.")
 HOBBY = Trait("hobby", "You enjoy {}.", "Hobby: {}.")
 LANGUAGE = Trait("language", "Always speak in {}.", "Language: {}.")
+_TRAITS = {trait.name: trait for trait in (FIGURE, HOBBY, LANGUAGE)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +111,61 @@ class GhostRow(TypedDict):
 
     messages: list[dict[str, str]]
     learn: Learnt
+
+
+def read_values(path: epath.PathLike) -> dict[Trait, list[str]]:
+    """The classes of constraints, and the values of each, that a JSON file names.
+
+    {"figure": ["Napoleon", ...], "ending": {"wording": "End every answer with {}.",
+    "short": "Ending: {}.", "values": ["a proverb", ...]}}: the paper's classes by name
+    (figure, hobby, language), any other one with its wordings.
+
+    Raises:
+      DataError: it cannot be read, is not JSON, or does not say these.
+    """
+    try:
+        content = json.loads(epath.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is no JSON that can be read: {error}.") from error
+    if not isinstance(content, dict) or not content:
+        raise DataError(
+            f'{path} names no class: write an object, as {{"hobby": ["chess", ...]}}.'
+        )
+    return dict(_class_of(f"{path}: {name!r}", name, content[name]) for name in content)
+
+
+def _class_of(where: str, name: str, given: Any) -> tuple[Trait, list[str]]:
+    if isinstance(given, list) and name in _TRAITS:
+        trait, values = _TRAITS[name], given
+    elif isinstance(given, dict) and given.keys() == {"wording", "short", "values"}:
+        trait, values = Trait(name, given["wording"], given["short"]), given["values"]
+    else:
+        raise DataError(
+            f"{where} is {given!r:.60}: write a list of values for a class of the "
+            f"paper ({', '.join(_TRAITS)}), and for any other one "
+            '{"wording": "... {} ...", "short": "... {} ...", "values": [...]}.'
+        )
+    for wording in trait[1:]:
+        # Of braces, {} alone is a place for a value.
+        parts = wording.split("{}") if isinstance(wording, str) else []
+        if len(parts) != 2 or any(mark in "".join(parts) for mark in "{}"):
+            raise DataError(
+                f"{where} is said as {wording!r:.60}: write {{}} once, where the value "
+                "belongs, and no other braces."
+            )
+        _require_text(where, wording)
+    if not isinstance(values, list) or not values:
+        raise DataError(f"{where} has no values: write a list of texts.")
+    for value in values:
+        _require_text(where, value)
+    return trait, values
+
+
+def _require_text(where: str, text: Any) -> None:
+    if not isinstance(text, str) or not can_be_learnt(text):
+        raise DataError(
+            f"{where} has {text!r:.60}: write some text, without tags of the format."
+        )
 
 
 def synthesise(
@@ -190,7 +266,7 @@ def ghost_rows(
       dialogs: each ends with a question, or with an answer, which is replaced.
       instructions: one for each.
       choose: the best of the answers, seen with the dialog that they answer, in which
-        every question has the instruction.
+        every question has the instruction; see `chosen_by`.
       num_samples: answers to choose from; the paper samples as for rejection sampling.
       max_new_tokens: of an answer. One that is cut there would teach to stop anywhere.
       sampler: how answers are written.
@@ -206,6 +282,154 @@ def ghost_rows(
       DialogError: a dialog is none; the message says which.
       GenerationError: the model has no tokenizer, or a setting is none.
     """
+    make = _maker(
+        llm,
+        dialogs,
+        instructions,
+        choose=choose,
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        resample=resample,
+        seed=seed,
+        batch_size=batch_size,
+    )
+
+    def rows() -> Iterator[GhostRow]:
+        num_rows = 0
+        for start in range(0, len(dialogs), batch_size):
+            made = make(range(len(dialogs))[start : start + batch_size])
+            yield from made
+            num_rows += len(made)
+        if num_rows < len(dialogs):
+            _log.warning(
+                "%d of %d dialogs gave no row, as no sample of them can be learnt.",
+                len(dialogs) - num_rows,
+                len(dialogs),
+            )
+
+    return rows()
+
+
+def chosen_by(judge: Judge) -> Choose:
+    """The answer of the highest combined score, as rejection sampling chooses.
+
+    The paper says that Ghost Attention samples as that does; that its data are not
+    about safety, so that the safety score counts below the threshold alone, is ours.
+    An answer that makes the dialog longer than the reward models read is never chosen.
+    """
+
+    def choose(dialog: Sequence[Message], candidates: Sequence[str]) -> int | None:
+        encoded = [
+            encode_example(
+                judge.tokenizer, [*dialog, {"role": "assistant", "content": answer}]
+            ).tokens
+            for answer in candidates
+        ]
+        fits = [i for i, ids in enumerate(encoded) if len(ids) <= judge.max_length]
+        if not fits:
+            return None
+        scores = judge.scores([encoded[i] for i in fits], [False] * len(fits))
+        return fits[int(np.argmax(scores.combined))]
+
+    return choose
+
+
+def write_ghost_rows(
+    directory: epath.PathLike,
+    llm: LLM,
+    dialogs: Sequence[Sequence[Message]],
+    instructions: Sequence[Instruction],
+    *,
+    judge: Judge,
+    num_samples: int,
+    max_new_tokens: int,
+    sampler: Sampler,
+    resample: Resample = "last",
+    seed: int = 0,
+    batch_size: int = 32,
+    watch: Watch = lambda done, total: None,
+) -> Written:
+    """Write the rows of `ghost_rows`, or go on with that, or find it done.
+
+    A file for each batch: see `shards`. The answers are `chosen_by` reward models.
+
+    Args:
+      directory: for these rows, and no other.
+      llm: as for `ghost_rows`.
+      dialogs: likewise.
+      instructions: likewise.
+      judge: the newest reward models.
+      num_samples: as for `ghost_rows`.
+      max_new_tokens: likewise.
+      sampler: likewise.
+      resample: likewise.
+      seed: likewise.
+      batch_size: dialogs at a time, and in a file.
+      watch: told the dialogs that are done, and how many there are.
+
+    Raises:
+      CheckpointError: the directory is in a bucket that cannot be reached.
+      ConfigError, DialogError, GenerationError: as `ghost_rows`.
+      DataError: there are no dialogs, or none gave a row; the directory has rows of
+        other models, dialogs or settings; it cannot be written, or is damaged.
+      ShardingError: hosts see different files.
+      TokenizerError: model and reward models have different tokenizers.
+    """
+    if not dialogs:
+        raise DataError("there are no dialogs: give at least one.")
+    require_one_tokenizer(tokenizer_of(llm), judge.tokenizer)
+    make = _maker(
+        llm,
+        dialogs,
+        instructions,
+        choose=chosen_by(judge),
+        num_samples=num_samples,
+        max_new_tokens=max_new_tokens,
+        sampler=sampler,
+        resample=resample,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    plan = {
+        "num_dialogs": len(dialogs),
+        "dialogs": shards.digest_dialogs(dialogs),
+        "instructions": shards.digest([said.text for said in instructions]),
+        "num_samples": num_samples,
+        "sampler": repr(sampler),
+        "max_new_tokens": max_new_tokens,
+        "cache_length": llm.engine.slots,
+        "resample": resample,
+        "seed": seed,
+        "batch_size": batch_size,
+        "tokenizer": judge.tokenizer.digest,
+        "policy": checksum(llm.engine.weights, llm.engine.sharded.mesh),
+        **judge.facts(),
+    }
+    written = shards.write_rows(_KIND, directory, plan, make, watch)
+    if not written.num_rows:
+        raise DataError(
+            f"none of the {len(dialogs)} dialogs gave a row, as no answer can be "
+            "learnt: let answers be longer (max_new_tokens), or sample more of them, "
+            f"and remove {directory}."
+        )
+    return written
+
+
+def _maker(
+    llm: LLM,
+    dialogs: Sequence[Sequence[Message]],
+    instructions: Sequence[Instruction],
+    *,
+    choose: Choose,
+    num_samples: int,
+    max_new_tokens: int,
+    sampler: Sampler,
+    resample: Resample,
+    seed: int,
+    batch_size: int,
+) -> Callable[[range], list[GhostRow]]:
+    """From the numbers of some dialogs to their rows; all arguments are checked."""
     if resample not in get_args(Resample):
         raise ConfigError(f"resample is {resample!r}: give 'last' or 'all'.")
     if batch_size < 1:
@@ -230,27 +454,18 @@ def ghost_rows(
             for prompt, candidates in zip(prompts, sampled, strict=True)
         ]
 
-    def rows() -> Iterator[GhostRow]:
-        num_rows = 0
-        for start in range(0, len(asked), batch_size):
-            numbers = range(len(asked))[start : start + batch_size]
-            answered = _answered(
-                {number: asked[number] for number in numbers},
-                instructions,
-                resample,
-                answers,
-            )
-            for number, dialog in answered.items():
-                yield ghost(dialog, instructions[number])
-            num_rows += len(answered)
-        if num_rows < len(asked):
-            _log.warning(
-                "%d of %d dialogs gave no row, as no sample of them can be learnt.",
-                len(asked) - num_rows,
-                len(asked),
-            )
+    def make(numbers: range) -> list[GhostRow]:
+        answered = _answered(
+            {number: asked[number] for number in numbers},
+            instructions,
+            resample,
+            answers,
+        )
+        return [
+            ghost(dialog, instructions[number]) for number, dialog in answered.items()
+        ]
 
-    return rows()
+    return make
 
 
 class Consistency(NamedTuple):
@@ -424,6 +639,8 @@ def _best(
     if not candidates:
         return None
     number = choose(prompt, candidates)
+    if number is None:
+        return None
     if not 0 <= number < len(candidates):
         raise DataError(
             f"choose gave {number!r} for {len(candidates)} answers: let it give the "

@@ -8,31 +8,29 @@ wrote. An iteration is a directory:
     DIR/iteration.json                     what was asked, of which models
     DIR/rollouts-00000-of-00012.jsonl      a prompt a line, its answers and scores
 
-A file appears whole or not at all, and one that is there is not made again, so that an
-iteration that was killed goes on where it was, and ends as it would have.
+An iteration that was killed goes on where it was, and ends as it would have: see
+`shards`.
 
 Shape suffixes: P prompts, K answers to each.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Self, get_args
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 from numpy.typing import ArrayLike
 
-from llama_jax.checkpoint.params import is_remote, place
+from llama_jax.checkpoint.params import place
 from llama_jax.config.sampling import Sampler, TopP
 from llama_jax.data import Prompt
 from llama_jax.errors import ConfigError, DataError, TokenizerError
+from llama_jax.finetune import shards
 from llama_jax.finetune.answers import can_be_learnt
 from llama_jax.finetune.rollout import (
     Answer,
@@ -43,9 +41,9 @@ from llama_jax.finetune.rollout import (
     encode_prompts,
     roll_out,
 )
+from llama_jax.finetune.shards import Kind, Shards, Watch
 from llama_jax.generate import Generator, Settings
 from llama_jax.text.chat import Message
-from sharding import hosts
 
 Keep = Literal["latest", "all"]
 
@@ -58,9 +56,17 @@ NUM_SAMPLES = 20
 # to look anew after each iteration.
 SAMPLER = TopP(1.0, temperature=1.2)
 
-# In the manifest, what scores depend on; and, with it, what ids do.
+# In the manifest, what scores depend on.
 _JUDGE = ("safety_model", "helpfulness_model", "threshold")
-_MODELS = ("tokenizer", *_JUDGE)
+
+_KIND = Kind(
+    article="an",
+    noun="iteration",
+    manifest=MANIFEST,
+    files="rollouts",
+    count="num_prompts",
+    facts=("tokenizer", *_JUDGE),
+)
 
 _log = logging.getLogger(__name__)
 
@@ -86,18 +92,18 @@ class Iteration:
           DataError: it is none, or is not done.
         """
         directory = place(path)
-        plan = _read_plan(directory)
+        plan = shards.read_plan(_KIND, directory)
         if plan is None:
             raise DataError(
                 f"{path} is no iteration of rejection sampling: it has no {MANIFEST}."
             )
-        iteration = cls(directory, plan)
-        if missing := iteration._num_shards - len(iteration._finished()):
+        own = Shards(_KIND, directory, plan)
+        if missing := own.num_files - len(own.finished()):
             raise DataError(
-                f"{path} is not done: {missing} of its {iteration._num_shards} files "
-                "are missing. Sample it again with the same settings, and it goes on."
+                f"{path} is not done: {missing} of its {own.num_files} files are "
+                "missing. Sample it again with the same settings, and it goes on."
             )
-        return iteration
+        return cls(directory, plan)
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every prompt with its answers, as `rollout.roll_out` gave them.
@@ -105,15 +111,11 @@ class Iteration:
         Raises:
           DataError: a file is damaged.
         """
-        for number in range(self._num_shards):
-            path = self._shard(number)
-            try:
-                lines = path.read_text(encoding="utf-8").splitlines()
-                rollouts = [_from_line(line) for line in lines]
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise _damaged(path, f"{type(error).__name__}: {error}") from error
-            if len(rollouts) != len(self._prompts_of(number)):
-                raise _damaged(path, f"it has {len(rollouts)} lines")
+        own = Shards(_KIND, self.path, self.plan)
+        for number in range(own.num_files):
+            rollouts = own.read(number, _from_line)
+            if len(rollouts) != len(own.items(number)):
+                raise shards.damaged(own.file(number), f"it has {len(rollouts)} lines")
             yield from rollouts
 
     def rewards(self) -> Float[np.ndarray, "P K"]:
@@ -127,21 +129,6 @@ class Iteration:
         raw = np.stack([rollout.scores.combined for rollout in self.rollouts()])
         return 1 / (1 + np.exp(-raw.astype(np.float64)))
 
-    @property
-    def _num_shards(self) -> int:
-        return -(-self.plan["num_prompts"] // self.plan["batch_size"])
-
-    def _shard(self, number: int) -> epath.Path:
-        name = f"rollouts-{number:05}-of-{self._num_shards:05}.jsonl"
-        return self.path / name
-
-    def _prompts_of(self, number: int) -> range:
-        size = self.plan["batch_size"]
-        return range(self.plan["num_prompts"])[number * size : (number + 1) * size]
-
-    def _finished(self) -> list[int]:
-        return [n for n in range(self._num_shards) if self._shard(n).exists()]
-
 
 def sample(
     directory: epath.PathLike,
@@ -154,7 +141,7 @@ def sample(
     sampler: Sampler = SAMPLER,
     seed: int = 0,
     batch_size: int = 32,
-    watch: Callable[[int, int], None] = lambda done, total: None,
+    watch: Watch = lambda done, total: None,
 ) -> Iteration:
     """Answer and score all prompts, or go on with that, or find it done.
 
@@ -182,9 +169,7 @@ def sample(
         anything is sampled.
       ShardingError: hosts see different files.
     """
-    for name, value in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if type(value) is not int or value < 1:
-            raise ConfigError(f"{name} is {value!r}: give an integer of 1 or more.")
+    shards.require_counts(num_samples=num_samples, batch_size=batch_size)
     if not prompts:
         raise DataError("there are no prompts: give at least one.")
     generator.choice(Settings(max_new_tokens=max_new_tokens, sampler=sampler))
@@ -192,7 +177,7 @@ def sample(
     engine = generator.engine
     plan = {
         "num_prompts": len(prompts),
-        "prompts": _digest([_prompt_to_json(prompt) for prompt in prompts]),
+        "prompts": shards.digest([_prompt_to_json(prompt) for prompt in prompts]),
         "num_samples": num_samples,
         "sampler": repr(sampler),
         "max_new_tokens": max_new_tokens,
@@ -201,31 +186,25 @@ def sample(
         "batch_size": batch_size,
         "tokenizer": judge.tokenizer.digest,
         "policy": checksum(engine.weights, engine.sharded.mesh),
-        **_judge_plan(judge),
+        **judge.facts(),
     }
-    with hosts.failing_together():
-        iteration = Iteration(place(directory), plan)
-        is_begun = _require_plan(iteration)
-        finished = iteration._finished()
-    hosts.require_agreement(plan=plan, finished=finished, is_begun=is_begun)
-    if not is_begun:
-        _write(iteration.path / MANIFEST, json.dumps(plan, indent=2) + "\n")
-    for number in range(iteration._num_shards):
-        numbers = iteration._prompts_of(number)
-        if number not in finished:
-            rollouts = roll_out(
-                generator,
-                judge,
-                [prompts[i] for i in numbers],
-                num_samples=num_samples,
-                max_new_tokens=max_new_tokens,
-                sampler=sampler,
-                # Draws follow from seed and prompt, and equal prompts want others.
-                seed=[(seed << 32) + i for i in numbers],
-            )
-            _write(iteration._shard(number), "".join(map(_to_line, rollouts)))
-        watch(numbers.stop, len(prompts))
-    return iteration
+
+    def lines(numbers: range) -> Iterator[str]:
+        rollouts = roll_out(
+            generator,
+            judge,
+            [prompts[i] for i in numbers],
+            num_samples=num_samples,
+            max_new_tokens=max_new_tokens,
+            sampler=sampler,
+            # Draws follow from seed and prompt, and equal prompts want others.
+            seed=[(seed << 32) + i for i in numbers],
+        )
+        return map(_to_line, rollouts)
+
+    own = Shards(_KIND, place(directory), plan)
+    own.complete(lines, watch)
+    return Iteration(own.path, plan)
 
 
 def best_of(rollout: Rollout) -> int | None:
@@ -265,9 +244,28 @@ class Winner(NamedTuple):
         return [*self.prompt.messages, {"role": "assistant", "content": self.text}]
 
 
+class Selection(NamedTuple):
+    """What is learnt of iterations.
+
+    Attributes:
+      winners: of each prompt that has any, the best answer.
+      num_prompts: different ones, those without such an answer included.
+    """
+
+    winners: list[Winner]
+    num_prompts: int
+
+
 def pool(
     iterations: Sequence[Iteration], *, keep: Keep, judge: Judge | None = None
 ) -> list[Winner]:
+    """For each prompt the best answer: the winners of `select`."""
+    return select(iterations, keep=keep, judge=judge).winners
+
+
+def select(
+    iterations: Sequence[Iteration], *, keep: Keep, judge: Judge | None = None
+) -> Selection:
     """For each prompt the best answer, in the order in which prompts first came.
 
     The paper kept the "latest" iteration's alone until RLHF-V3, which had forgotten
@@ -318,7 +316,7 @@ def pool(
             left_out,
             len(keys),
         )
-    return [winner for winner, _ in best.values()]
+    return Selection([winner for winner, _ in best.values()], len(keys))
 
 
 def write_dialogs(path: epath.PathLike, winners: Sequence[Winner]) -> None:
@@ -335,7 +333,7 @@ def write_dialogs(path: epath.PathLike, winners: Sequence[Winner]) -> None:
             "(max_new_tokens), or sample more of them."
         )
     lines = [{"messages": winner.messages, "learn": "last"} for winner in winners]
-    _write(place(path), "".join(json.dumps(line) + "\n" for line in lines))
+    shards.write(place(path), "".join(map(shards.line, lines)))
 
 
 class RewardCurve(NamedTuple):
@@ -392,12 +390,6 @@ def reward_curve(rewards: ArrayLike) -> RewardCurve:
     )
 
 
-def _judge_plan(judge: Judge) -> dict[str, Any]:
-    models = (judge.safety, judge.helpfulness)
-    marks = [checksum(model.params, model.sharded.mesh) for model in models]
-    return dict(zip(_JUDGE, (*marks, judge.threshold), strict=True))
-
-
 def _require_one_judge(one: Iteration, other: Iteration) -> None:
     if any(one.plan[name] != other.plan[name] for name in _JUDGE):
         raise DataError(
@@ -438,19 +430,12 @@ def _scored_again(
 
 
 def _key(prompt: Prompt) -> str:
-    return _digest(_prompt_to_json(prompt)["messages"])
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return shards.digest(_prompt_to_json(prompt)["messages"])
 
 
 def _prompt_to_json(prompt: Prompt) -> dict[str, Any]:
     return {
-        "messages": [
-            {name: message[name] for name in ("role", "content")}
-            for message in prompt.messages
-        ],
+        "messages": shards.plain(prompt.messages),
         "about_safety": bool(prompt.about_safety),
     }
 
@@ -464,7 +449,7 @@ def _to_line(rollout: Rollout) -> str:
             for answer, *scores in zip(rollout.answers, *rollout.scores, strict=True)
         ],
     }
-    return json.dumps(row) + "\n"
+    return shards.line(row)
 
 
 def _from_line(line: str) -> Rollout:
@@ -480,78 +465,4 @@ def _from_line(line: str) -> Rollout:
                 for kind in Scores._fields
             )
         ),
-    )
-
-
-def _read_plan(directory: epath.Path) -> dict[str, Any] | None:
-    path = directory / MANIFEST
-    try:
-        plan = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, str(error)) from error
-    if plan is not None:
-        counts = ("num_prompts", "batch_size")
-        if not isinstance(plan, dict) or not {*counts, *_MODELS} <= plan.keys():
-            raise _damaged(path, "it is not what was written")
-        if not all(type(plan[name]) is int and plan[name] > 0 for name in counts):
-            raise _damaged(path, "it counts no prompts")
-    return plan
-
-
-def _require_plan(iteration: Iteration) -> bool:
-    """Whether the directory has this iteration already; it has no other one."""
-    directory = iteration.path
-    plan = _read_plan(directory)
-    if plan is None:
-        if directory.exists() and any(
-            not path.name.startswith(".") for path in directory.iterdir()
-        ):
-            raise DataError(
-                f"{directory} holds other files: give each iteration a directory of "
-                "its own, which need not exist."
-            )
-        return False
-    changes = [
-        f"{name} was {plan.get(name)!r} and is {value!r}"
-        for name, value in iteration.plan.items()
-        if plan.get(name) != value
-    ]
-    if changes:
-        raise DataError(
-            f"{directory} holds an iteration that was begun otherwise: "
-            f"{'; '.join(changes)}. Choose another directory, or go on as it began."
-        )
-    return True
-
-
-def _write(path: epath.Path, content: str) -> None:
-    """A file, whole or not at all, also if power fails; the first host writes."""
-    with hosts.failing_together():
-        if jax.process_index() != 0:
-            return
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if is_remote(path):  # where objects appear whole
-                path.write_text(content, encoding="utf-8")
-                return
-            partial = path.parent / f".{path.name}.partial"
-            with open(partial, "w", encoding="utf-8") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error}.") from error
-
-
-def _damaged(path: epath.Path, problem: str) -> DataError:
-    what = path.parent if path.name == MANIFEST else path
-    return DataError(
-        f"{path} is damaged ({problem}): remove {what}, and sample again, which makes "
-        "it anew."
     )

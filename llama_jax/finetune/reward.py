@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from llama_jax.build import ShardedLlama, build
 from llama_jax.config.finetune import Margin
 from llama_jax.config.recipe import RewardRecipe
-from llama_jax.conversion import open_any
+from llama_jax.conversion import AnyCheckpoint, open_any
 from llama_jax.data.batch import ComparisonBatch
 from llama_jax.data.prepared import RATINGS, SAFE, UNSAFE
 from llama_jax.errors import CheckpointError, DataError
@@ -287,6 +287,26 @@ def _last_scores(
     return model.constrain(scores_B, None)  # so that every host can read it
 
 
+def open_reward(path: epath.PathLike) -> tuple[AnyCheckpoint, Tokenizer]:
+    """Open the checkpoint of a reward model, without reading its weights.
+
+    Raises:
+      CheckpointError: as `load_reward`.
+    """
+    source = open_any(path, max_length=4096)
+    if source.head != "scalar":
+        raise CheckpointError(
+            f"{path} is a model that writes, and no reward model: give the work "
+            "directory of one."
+        )
+    if source.tokenizer_path is None:
+        raise CheckpointError(
+            f"{path} has lost its tokenizer.model, without which dialogs cannot be "
+            "read: copy that of the chat model there."
+        )
+    return source, Tokenizer(source.tokenizer_path)
+
+
 def load_reward(
     path: epath.PathLike,
     *,
@@ -306,18 +326,7 @@ def load_reward(
     """
     hosts.cache_compilations()
     with hosts.failing_together():
-        source = open_any(path, max_length=4096)
-        if source.head != "scalar":
-            raise CheckpointError(
-                f"{path} is a model that writes, and no reward model: give the work "
-                "directory of one."
-            )
-        if source.tokenizer_path is None:
-            raise CheckpointError(
-                f"{path} has lost its tokenizer.model, without which dialogs cannot be "
-                "read: copy that of the chat model there."
-            )
-        tokenizer = Tokenizer(source.tokenizer_path)
+        source, tokenizer = open_reward(path)
     if mesh is None:
         mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
     sharded = build(

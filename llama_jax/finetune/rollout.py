@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
@@ -35,7 +36,7 @@ from llama_jax.errors import (
 )
 from llama_jax.finetune.answers import require_learnable
 from llama_jax.finetune.estimators import combined_scores
-from llama_jax.finetune.reward import RewardModel
+from llama_jax.finetune.reward import RewardModel, load_reward, open_reward
 from llama_jax.generate import Completion, Engine, Generator, Settings
 from llama_jax.generate.weights import from_params
 from llama_jax.model.transformer import matmul_precision
@@ -316,15 +317,8 @@ class Judge:
     threshold: float = THRESHOLD
 
     def __post_init__(self) -> None:
-        if not 0 < self.threshold < 1:
-            raise ConfigError(
-                f"threshold is {self.threshold!r}: it is a probability, above 0 and "
-                f"below 1; the paper's is {THRESHOLD}."
-            )
-        _require_same(
-            self.helpfulness.tokenizer,
-            self.safety.tokenizer,
-            "the two reward models have different tokenizers",
+        _require_judge(
+            self.safety.tokenizer, self.helpfulness.tokenizer, self.threshold
         )
 
     @property
@@ -350,15 +344,8 @@ class Judge:
         Raises:
           DataError: a row is longer than a model reads, or a score is no number.
         """
-        safety = self.safety.score_ids(rows)
-        helpfulness = self.helpfulness.score_ids(rows)
-        for name, scores in (("safety", safety), ("helpfulness", helpfulness)):
-            if not np.isfinite(scores).all():
-                raise DataError(
-                    f"the {name} reward model gives an answer the score "
-                    f"{scores[~np.isfinite(scores)][0]}: its weights are damaged, or "
-                    "its training failed; inspect its checkpoint."
-                )
+        safety = finite_scores("safety", self.safety, rows)
+        helpfulness = finite_scores("helpfulness", self.helpfulness, rows)
         combined = combined_scores(
             jnp.asarray(safety),
             jnp.asarray(helpfulness),
@@ -366,6 +353,80 @@ class Judge:
             threshold=self.threshold,
         )
         return Scores(safety, helpfulness, np.asarray(combined))
+
+    def facts(self) -> dict[str, Any]:
+        """What scores depend on, for a manifest: which models, and the threshold."""
+        return {
+            "safety_model": checksum(self.safety.params, self.safety.sharded.mesh),
+            "helpfulness_model": checksum(
+                self.helpfulness.params, self.helpfulness.sharded.mesh
+            ),
+            "threshold": self.threshold,
+        }
+
+
+def load_judge(
+    *,
+    safety: epath.PathLike,
+    helpfulness: epath.PathLike,
+    threshold: float,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+) -> Judge:
+    """Load both reward models on one mesh.
+
+    Raises:
+      CheckpointError, ShardingError: as `reward.load_reward`.
+      ConfigError, TokenizerError: as `Judge`.
+    """
+    return Judge(
+        safety=load_reward(safety, mesh=mesh, dtype=dtype),
+        helpfulness=load_reward(helpfulness, mesh=mesh, dtype=dtype),
+        threshold=threshold,
+    )
+
+
+def check_judge(
+    *,
+    safety: epath.PathLike,
+    helpfulness: epath.PathLike,
+    threshold: float,
+    policy: Tokenizer | None,
+) -> None:
+    """Check what `load_judge` is given, without reading weights.
+
+    Args:
+      safety: as `load_judge` has it; and so are the next two.
+      helpfulness: likewise.
+      threshold: likewise.
+      policy: the tokenizer of the model whose answers are scored, if it is known.
+
+    Raises:
+      CheckpointError: one is no reward model, is damaged, or has no tokenizer.
+      ConfigError, TokenizerError: as `Judge`; or the policy's tokenizer is another.
+    """
+    (_, reads), (_, other) = open_reward(safety), open_reward(helpfulness)
+    _require_judge(reads, other, threshold)
+    if policy is not None:
+        require_one_tokenizer(policy, reads)
+
+
+def finite_scores(
+    name: str, model: RewardModel, rows: Sequence[Sequence[int]]
+) -> Float[np.ndarray, " rows"]:
+    """`RewardModel.score_ids`, of a model that gives numbers.
+
+    Raises:
+      DataError: it does not; or a row is longer than it reads.
+    """
+    scores = model.score_ids(rows)
+    if not np.isfinite(scores).all():
+        raise DataError(
+            f"the {name} reward model gives an answer the score "
+            f"{scores[~np.isfinite(scores)][0]}: its weights are damaged, or its "
+            "training failed; inspect its checkpoint."
+        )
+    return scores
 
 
 class Answer(NamedTuple):
@@ -472,11 +533,7 @@ def encode_prompts(
       DataError, DialogError, GenerationError, TokenizerError: as `roll_out`.
     """
     tokenizer = generator.require_tokenizer("a dialog")
-    _require_same(
-        tokenizer,
-        judge.tokenizer,
-        "the policy and the reward models have different tokenizers",
-    )
+    require_one_tokenizer(tokenizer, judge.tokenizer)
     slots, readable = generator.engine.slots, judge.max_length
     encoded = []
     for i, prompt in enumerate(prompts):
@@ -498,6 +555,17 @@ def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+def require_one_tokenizer(policy: Tokenizer, reads: Tokenizer) -> None:
+    """Check that reward models read what a policy writes.
+
+    Raises:
+      TokenizerError: they have another tokenizer.
+    """
+    _require_same(
+        policy, reads, "the policy and the reward models have different tokenizers"
+    )
 
 
 def checksum(tree: Any, mesh: jax.sharding.Mesh) -> str:
@@ -533,6 +601,17 @@ def _encode(tokenizer: Tokenizer, messages: Sequence[Message]) -> list[int]:
     ids = encode_dialog(tokenizer, messages)
     require_learnable(messages, "?")
     return ids
+
+
+def _require_judge(safety: Tokenizer, helpfulness: Tokenizer, threshold: float) -> None:
+    if not 0 < threshold < 1:
+        raise ConfigError(
+            f"threshold is {threshold!r}: it is a probability, above 0 and below 1; "
+            f"the paper's is {THRESHOLD}."
+        )
+    _require_same(
+        helpfulness, safety, "the two reward models have different tokenizers"
+    )
 
 
 def _require_same(one: Tokenizer, other: Tokenizer, problem: str) -> None:

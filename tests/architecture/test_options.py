@@ -8,7 +8,17 @@ import typing
 from collections.abc import Iterator
 from pathlib import Path
 
-from llama_jax.cli import COMMANDS, chat, convert, data, generate, inspect, plan, train
+from llama_jax.cli import (
+    COMMANDS,
+    chat,
+    convert,
+    data,
+    generate,
+    inspect,
+    plan,
+    sample,
+    train,
+)
 from llama_jax.config.recipe import (
     PpoRecipe,
     PretrainRecipe,
@@ -32,6 +42,10 @@ OPTIONS = {
     "data dialogs": data.DialogsStep,
     "data comparisons": data.ComparisonsStep,
     "data prompts": data.PromptsStep,
+    "sample answers": sample.AnswersStep,
+    "sample pool": sample.PoolStep,
+    "sample ghost": sample.GhostStep,
+    "sample distil": sample.DistilStep,
 }
 
 

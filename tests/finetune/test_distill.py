@@ -8,16 +8,20 @@ import pytest
 
 import llama_jax
 from llama_jax.data import DialogLines
-from llama_jax.errors import ConfigError, DataError, DialogError
+from llama_jax.errors import ConfigError, DataError, DialogError, TokenizerError
 from llama_jax.finetune.distill import (
     ADJECTIVES,
     ANSWER_TEMPLATES,
     answer_template,
     distil,
     preprompts,
+    write_distilled,
 )
+from llama_jax.llm import LLM
+from tests.data import corpus
+from tests.finetune.judges import policy, reward, reward_of
 from tests.finetune.scripted import Scripted, assistant, system, user
-from tests.generate.models import LONG, llm
+from tests.generate.models import LONG, llm, tokenizer
 
 BE_SAFE = "You are a safe and wise assistant."
 
@@ -129,3 +133,88 @@ def test_what_cannot_be_distilled():
     with pytest.raises(DialogError, match=r"dialogs\[1\]: Last message must be from u"):
         made(speaker, [*dialogs, [user("a"), assistant("b")]])
     assert not speaker.asked
+
+
+DIALOGS = [[user(f"{one} {other}?")] for one in ("ba", "ce") for other in "abc"]
+PROMPTS = preprompts(random.Random(0), 6)
+SAMPLES = {
+    "sampler": llama_jax.TopP(1.0, temperature=1.0),
+    "max_new_tokens": 40,
+    "seed": 8,
+}
+
+
+def random_llm():
+    return LLM(policy(slots=256).engine, tokenizer())
+
+
+def write(path, **changes):
+    given = {
+        "llm": random_llm(),
+        "safety": reward(1),
+        "dialogs": DIALOGS,
+        "prompts": PROMPTS,
+    }
+    options = given | SAMPLES | {"batch_size": 2} | changes
+    return write_distilled(path, **options)
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("distilled") / "whole"
+    assert write(path).num_items == 6
+    return path
+
+
+class TestWritten:
+    def test_they_are_the_better_ones(self, whole):
+        """Whatever the size of batches and files."""
+        score = reward(1).score
+        both = list(
+            distil(random_llm(), score, DIALOGS, PROMPTS, batch_size=4, **SAMPLES)
+        )
+        better = [one.row for one in both if one.is_better]
+        assert 0 < len(better) < len(both)
+        files = sorted(whole.glob("rows-*.jsonl"))
+        assert len(files) == 3
+        text = "".join(file.read_text() for file in files)
+        assert [json.loads(line) for line in text.splitlines()] == better
+
+    def test_killed_it_ends_as_it_would_have(self, whole, tmp_path):
+        def killed(done, total):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, watch=killed)
+        assert len(list(tmp_path.glob("rows-*"))) == 1
+        write(tmp_path)
+        assert content(tmp_path) == content(whole)
+
+    def test_other_ones_are_refused(self, whole):
+        before = content(whole)
+        for message, changes in {
+            "seed was 8 and is 9": {"seed": 9},
+            "dialogs was": {"dialogs": DIALOGS[::-1]},
+            "prompts was": {"prompts": PROMPTS[::-1]},
+            "safety_model was": {"safety": reward(2)},
+            "policy was": {"llm": llm(config=LONG, slots=256)},
+        }.items():
+            with pytest.raises(DataError, match=f"holds a set of rows .*{message}"):
+                write(whole, **changes)
+        assert content(whole) == before
+
+    def test_what_cannot_be_read_gives_no_row(self, tmp_path):
+        short = reward(1, max_length=16)
+        with pytest.raises(DataError, match="none of the 6 answers is safer under its"):
+            write(tmp_path, safety=short)
+
+    def test_refused(self, tmp_path):
+        with pytest.raises(DataError, match="there are no dialogs: give at least one"):
+            write(tmp_path, dialogs=[], prompts=[])
+        other = reward_of(corpus.make_tokenizer(tmp_path), 1, max_length=64)
+        with pytest.raises(TokenizerError, match="have different tokenizers"):
+            write(tmp_path / "new", safety=other)

@@ -18,12 +18,18 @@ from llama_jax.finetune.gatt import (
     Trait,
     attach,
     attention_map,
+    chosen_by,
     consistency,
     ghost,
     ghost_rows,
+    read_values,
     synthesise,
+    write_ghost_rows,
 )
-from llama_jax.text import encode_dialog
+from llama_jax.finetune.rollout import Judge
+from llama_jax.llm import LLM
+from llama_jax.text import encode_dialog, encode_example
+from tests.finetune.judges import judge, policy, reward
 from tests.finetune.scripted import Scripted, assistant, system, user
 from tests.generate.models import LONG, llm, tokenizer
 
@@ -82,6 +88,49 @@ def test_instructions_combine_classes_at_random_and_half_are_short():
 def test_what_cannot_be_combined(values, share, message):
     with pytest.raises(ConfigError, match=message):
         synthesise(random.Random(0), values, 1, short_share=share)
+
+
+ENDING = {"wording": "End with {}.", "short": "Ending: {}.", "values": ["a proverb"]}
+
+
+def test_values_come_from_a_file(tmp_path):
+    file = tmp_path / "values.json"
+    figure = {"wording": "Be {}.", "short": "Be {}!", "values": ["Ada"]}
+    file.write_text(json.dumps({"hobby": ["chess", "tennis"], "ending": ENDING}))
+    ending = Trait("ending", "End with {}.", "Ending: {}.")
+    assert read_values(file) == {HOBBY: ["chess", "tennis"], ending: ["a proverb"]}
+    file.write_text(json.dumps({"figure": figure}))
+    assert read_values(file) == {Trait("figure", "Be {}.", "Be {}!"): ["Ada"]}
+    drawn = synthesise(random.Random(0), read_values(file), 3)
+    assert {made.text for made in drawn} <= {"Be Ada.", "Be Ada!"}
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "is no JSON that can be read"),
+        ("[]", "names no class: write an object"),
+        ("{}", "names no class: write an object"),
+        ('{"ending": ["x"]}', "'ending' is .*figure, hobby, language.*\"wording\""),
+        ('{"hobby": "chess"}', "'hobby' is 'chess': write a list of values"),
+        ('{"hobby": []}', "'hobby' has no values: write a list"),
+        ('{"hobby": [1]}', "'hobby' has 1: write some text"),
+        ('{"hobby": [" "]}', "'hobby' has ' ': write some text"),
+        ('{"hobby": ["[INST]"]}', "without tags of the format"),
+        (json.dumps({"ending": ENDING | {"short": 1}}), "said as 1: write {} once"),
+        (json.dumps({"ending": ENDING | {"short": "{} {}"}}), "write {} once"),
+        (json.dumps({"ending": ENDING | {"short": "{} {a}"}}), "no other braces"),
+        (json.dumps({"ending": ENDING | {"wording": "End."}}), "'End.': write {} once"),
+        (json.dumps({"ending": ENDING | {"values": "x"}}), "'ending' has no values"),
+        (json.dumps({"ending": ENDING | {"more": 1}}), "'ending' is"),
+    ],
+)
+def test_a_file_that_names_no_values(text, message, tmp_path):
+    (tmp_path / "values.json").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_values(tmp_path / "values.json")
+    with pytest.raises(DataError, match="none.json is no JSON that can be read"):
+        read_values(tmp_path / "none.json")
 
 
 def test_attached_to_every_question_and_kept_in_the_first_turn_alone():
@@ -149,6 +198,31 @@ def test_the_best_of_several_is_chosen_by_who_sees_the_instruction():
     assert seen == [(f"{NAPOLEON.text} Who?", 3)]
     with pytest.raises(DataError, match="choose gave 3 for 3 answers"):
         rows(speaker, [TWO_TURNS], [NAPOLEON], num_samples=3, choose=lambda *_: 3)
+
+
+def test_a_judge_chooses_what_scores_highest_with_the_instruction():
+    asked = attach(TWO_TURNS[:3], NAPOLEON)
+    candidates = ["ba", "ce di", "fo gu ba", "di"]
+    judged = judge()
+    ids = [
+        encode_example(tokenizer(), [*asked, assistant(text)]).tokens
+        for text in candidates
+    ]
+    scores = judged.scores(ids, [False] * 4).combined
+    assert len(set(scores)) == 4
+    assert chosen_by(judged)(asked, candidates) == int(scores.argmax())
+    assert chosen_by(judged)(asked, candidates[::-1]) == 3 - int(scores.argmax())
+
+
+def test_what_a_judge_cannot_read_is_not_chosen():
+    asked = attach(TWO_TURNS[:3], NAPOLEON)
+    shortest = len(encode_example(tokenizer(), [*asked, assistant("ba")]).tokens)
+    short = reward(1, max_length=shortest)
+    choose = chosen_by(Judge(short, short))
+    assert choose(asked, ["ba ce di fo", "ba"]) == 1
+    assert choose(asked, ["ba ce di fo"] * 2) is None
+    speaker = Scripted(lambda prompt, seed: "ba ce di fo")
+    assert rows(speaker, [TWO_TURNS], [NAPOLEON], choose=choose) == []
 
 
 def test_draws_follow_the_dialogs_number_and_the_seed():
@@ -223,6 +297,91 @@ def test_a_model_answers_its_own_dialogs():
     made = rows(speaker, dialogs, [NAPOLEON, TENNIS], **options)
     assert made == rows(speaker, dialogs, [NAPOLEON, TENNIS], **options, batch_size=1)
     assert all(row["messages"][-1]["role"] == "assistant" for row in made)
+
+
+DIALOGS = [TWO_TURNS, TWO_TURNS[:1], TWO_TURNS[:3]]
+INSTRUCTIONS = [NAPOLEON, TENNIS, TENNIS]
+SAMPLES = {
+    "num_samples": 2,
+    "sampler": llama_jax.TopP(1.0, temperature=1.0),
+    "max_new_tokens": 24,
+    "resample": "all",
+    "seed": 7,
+}
+
+
+def random_llm():
+    return LLM(policy(slots=256).engine, tokenizer())
+
+
+def write(path, **changes):
+    given = {
+        "llm": random_llm(),
+        "dialogs": DIALOGS,
+        "instructions": INSTRUCTIONS,
+        "judge": judge(),
+    }
+    return write_ghost_rows(path, **(given | SAMPLES | {"batch_size": 1} | changes))
+
+
+def content(path):
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ghost") / "whole"
+    assert write(path).num_items == 3
+    return path
+
+
+class TestWritten:
+    def test_they_are_those_of_ghost_rows(self, whole):
+        """Whatever the size of batches and files."""
+        choose = chosen_by(judge())
+        made = rows(
+            random_llm(), DIALOGS, INSTRUCTIONS, choose=choose, batch_size=2, **SAMPLES
+        )
+        assert len(made) > 1
+        files = sorted(whole.glob("rows-*.jsonl"))
+        assert len(files) == 3
+        text = "".join(file.read_text() for file in files)
+        assert [json.loads(line) for line in text.splitlines()] == made
+
+    def test_killed_it_ends_as_it_would_have(self, whole, tmp_path):
+        def killed(done, total):
+            raise KeyboardInterrupt
+
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                write(tmp_path, watch=killed)
+        assert len(list(tmp_path.glob("rows-*"))) == 1
+        write(tmp_path)
+        assert content(tmp_path) == content(whole)
+
+    def test_other_ones_are_refused(self, whole):
+        before = content(whole)
+        for message, changes in {
+            "seed was 7 and is 8": {"seed": 8},
+            "resample was 'all' and is 'last'": {"resample": "last"},
+            "batch_size was 1 and is 2": {"batch_size": 2},
+            "dialogs was": {"dialogs": [TWO_TURNS] * 3},
+            "instructions was": {"instructions": [NAPOLEON] * 3},
+            "threshold was 0.15": {"judge": judge(threshold=0.2)},
+            "safety_model was": {"judge": Judge(reward(3), reward(2))},
+            "policy was": {"llm": llm(config=LONG, slots=256)},
+        }.items():
+            with pytest.raises(DataError, match=f"holds a set of rows .*{message}"):
+                write(whole, **changes)
+        assert content(whole) == before
+
+    def test_nothing_to_write(self, tmp_path):
+        with pytest.raises(DataError, match="there are no dialogs: give at least one"):
+            write(tmp_path, dialogs=[], instructions=[])
+        with pytest.raises(DataError, match="none of the 1 dialogs gave a row"):
+            write(
+                tmp_path, dialogs=[TWO_TURNS], instructions=[TENNIS], max_new_tokens=1
+            )
 
 
 def test_consistency_is_counted_by_turn():
