@@ -21,6 +21,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from llama_jax.data import Prompt
+from llama_jax.finetune.distill import preprompts
 from llama_jax.finetune.gatt import (
     FIGURE,
     HOBBY,
@@ -341,14 +343,34 @@ def sft_dialogs(
 
     The system message holds instructions in dialogs of one turn alone. In longer ones
     a question may have its own, and some people repeat theirs each time. Three in ten
-    answers are terse, and half of the secrets are told.
+    answers are terse, and half of the secrets are told; but none under a safety
+    pre-prompt, which one dialog in ten has.
     """
     for _ in range(num):
         kind = rng.random()
-        if kind < 0.35:
+        if kind < 0.1:
+            yield _careful(rng)
+        elif kind < 0.4:
             yield _one_turn(rng)
         else:
             yield _several_turns(rng, rng.randint(2, most_turns), repeats=kind < 0.7)
+
+
+def _careful(rng: random.Random) -> Dialog:
+    """A dialog under a safety pre-prompt, which mostly ends with a secret, refused."""
+    (prompt,) = preprompts(rng, 1)
+    (instruction,) = synthesise(rng, TRAINED, 1)
+    place, num_turns = rng.random(), rng.randint(1, 3)
+    if place < 0.3:
+        prompt, num_turns = f"{prompt}\n{instruction.text}", 1
+    dialog: Dialog = [{"role": "system", "content": prompt}]
+    for turns_left in reversed(range(num_turns)):
+        is_tempted = turns_left == 0 and rng.random() < 0.8
+        asked = question(rng, ["secret"] if is_tempted else _USUAL)
+        turn = [{"role": "user", "content": asked}]
+        dialog += attach(turn, instruction) if place > 0.6 else turn
+        dialog.append({"role": "assistant", "content": wanted(dialog).text})
+    return dialog
 
 
 def _one_turn(rng: random.Random) -> Dialog:
@@ -405,21 +427,19 @@ def plain_dialogs(
 
 def ghost_dialogs(
     rng: random.Random, num: int, *, most_turns: int = 15
-) -> tuple[list[Dialog], list[Instruction]]:
-    """Plain dialogs and an instruction for each, for `gatt.ghost_rows`.
+) -> Iterator[Dialog]:
+    """Plain dialogs for Ghost Attention, longer and more about name and hobby.
 
-    Most questions touch the instruction, so that answers show whether it is kept. The
-    shortest dialogs come first: a batch of them is as long as its longest.
+    The shortest come first: a batch of them takes as long as its longest.
     """
-    dialogs = sorted(plain_dialogs(rng, num, most_turns=most_turns), key=len)
-    instructions = synthesise(rng, TRAINED, num)
-    for dialog, instruction in zip(dialogs, instructions, strict=True):
+    for dialog in sorted(plain_dialogs(rng, num, most_turns=most_turns), key=len):
         for place in range(0, len(dialog), 2):
             if rng.random() < 0.7:
-                dialog[place]["content"] = touching(rng, instruction)
+                asked = question(rng, ("figure", "hobby", "fact"))
+                dialog[place]["content"] = asked
                 answer = wanted(dialog[: place + 1]).text
                 dialog[place + 1]["content"] = answer
-    return dialogs, instructions
+        yield dialog
 
 
 def consistency_test(
@@ -439,7 +459,9 @@ def keeps(instruction: Instruction, question: str, answer: str) -> bool:
     return all(kept(instruction.values, question, answer).values())
 
 
-def prompts(rng: random.Random, num: int, *, held_out: bool) -> Iterator[Dialog]:
+def prompts(
+    rng: random.Random, num: int, *, held_out: bool, most_turns: int = 3
+) -> Iterator[Prompt]:
     """Dialogs that end with a question, for answers that are scored.
 
     A third each are without instruction, with one, and adversarial: after an innocent
@@ -449,10 +471,11 @@ def prompts(rng: random.Random, num: int, *, held_out: bool) -> Iterator[Dialog]
       rng: draws.
       num: prompts.
       held_out: whether instructions have values that are never trained on.
+      most_turns: of a dialog.
     """
     drawn = synthesise(rng, HELD_OUT if held_out else TRAINED, num)
     for number, instruction in enumerate(drawn):
-        (dialog,) = plain_dialogs(rng, 1, most_turns=3)
+        (dialog,) = plain_dialogs(rng, 1, most_turns=most_turns)
         asked = [question(rng, _USUAL[:-1]), touching(rng, instruction)]
         asked.append(question(rng, ["secret"]))
         dialog[-2:] = [{"role": "user", "content": asked[number % 3]}]
@@ -461,7 +484,13 @@ def prompts(rng: random.Random, num: int, *, held_out: bool) -> Iterator[Dialog]
             dialog = [{"role": "system", "content": instruction.text}, *dialog[-1:]]
         elif place < 0.8:
             dialog = attach(dialog, instruction)
-        yield dialog
+        yield Prompt(dialog, about_safety=number % 3 == 2)
+
+
+def worth(prompt: Prompt, answer: str) -> float:
+    """The true reward: how safe an answer is where that is asked, else how helpful."""
+    judge = safety if prompt.about_safety else helpfulness
+    return judge(prompt.messages, answer)
 
 
 def spelt(dialog: Sequence[Message]) -> str:
@@ -496,16 +525,26 @@ def main(argv: Sequence[str]) -> int:
         "spelling.jsonl": _texts(spelling),
         "dialogs.jsonl": _messages(dialogs),
         "dialogs_validation.jsonl": _messages(sft_dialogs(rng, held_out)),
-        "plain.jsonl": _messages(plain_dialogs(rng, args.prompts)),
-        "prompts.jsonl": _messages(prompts(rng, args.prompts, held_out=False)),
-        "prompts_test.jsonl": _messages(prompts(rng, 600, held_out=True)),
+        "ghost.jsonl": _messages(ghost_dialogs(rng, args.prompts)),
+        "ghost_all.jsonl": _messages(ghost_dialogs(rng, args.prompts // 4)),
+        "prompts.jsonl": _prompts(prompts(rng, args.prompts, held_out=False)),
+        "prompts_validation.jsonl": _prompts(prompts(rng, held_out, held_out=False)),
     }
     args.output.mkdir(parents=True, exist_ok=True)
     for name, rows in files.items():
         text = "".join(f"{json.dumps(row)}\n" for row in rows)
         (args.output / name).write_text(text)
         print(f"{args.output / name}: {len(rows):,} lines")
+    (args.output / "values.json").write_text(json.dumps(_values_of_training()))
     return 0
+
+
+def _values_of_training() -> dict[str, Any]:
+    """The instructions to learn, as `llama-jax sample ghost` reads them."""
+    return {
+        trait.name: {"wording": trait.wording, "short": trait.short, "values": values}
+        for trait, values in TRAINED.items()
+    }
 
 
 def _texts(texts: Iterable[str]) -> list[dict[str, Any]]:
@@ -514,6 +553,10 @@ def _texts(texts: Iterable[str]) -> list[dict[str, Any]]:
 
 def _messages(dialogs: Iterable[Dialog]) -> list[dict[str, Any]]:
     return [{"messages": dialog} for dialog in dialogs]
+
+
+def _prompts(prompts: Iterable[Prompt]) -> list[dict[str, Any]]:
+    return [prompt._asdict() for prompt in prompts]
 
 
 if __name__ == "__main__":

@@ -1,18 +1,24 @@
 """The stages of a chat model for two CPU cores, in a small world whose truth is a rule.
 
-`python -m scripts.ghost_attention` runs them one after the other and measures the
-result; scripts/small_world.py says what the world is. Three layers and a million
-parameters; learning rates are higher than the paper's and runs shorter, as small models
-want it.
+`scripts/chat.sh --tiny` runs them one after the other and measures the result;
+scripts/small_world.py says what the world is. Three layers and a million parameters;
+learning rates are higher than the paper's and runs shorter, as small models want it.
 """
 
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
-from llama_jax.config.recipe import PretrainRecipe, SftRecipe, paper_optimizer
-from llama_jax.config.train import TrainConfig
+from llama_jax.config.finetune import Judged, PpoConfig, RewardConfig
+from llama_jax.config.recipe import (
+    PpoRecipe,
+    PretrainRecipe,
+    RewardRecipe,
+    SftRecipe,
+    paper_optimizer,
+)
+from llama_jax.config.train import OptimizerConfig, TrainConfig
 from sharding import MeshConfig
 
-RUN = "runs/ghost"
+RUN = "runs/chat/seed-0"
 MODEL = LlamaConfig(
     vocab_size=1024,
     dim=128,
@@ -37,28 +43,65 @@ def base_long() -> PretrainRecipe:
 
 
 def sft() -> SftRecipe:
-    """Dialogs of the world's people, from `base_long`."""
-    return _tuning(
-        ("sft-256",), (1.0,), num_steps=160, batch_size=16, length=256, peak_lr=1.5e-3
+    """Dialogs, from `base_long`: every version is trained so, each on its own data."""
+    return SftRecipe(
+        model=MODEL,
+        data=_data("sft", length=400),
+        optimizer=paper_optimizer(peak_lr=1.5e-3, warmup_steps=20),
+        train=_train(num_steps=240, batch_size=8),
+        mesh=MeshConfig(),
+        sequence_parallel=False,
+        topology="",
+        epochs=None,
     )
 
 
-def more_sft() -> SftRecipe:
-    """As many tokens of dialogs as `ghost` has, from `sft`: what it is compared to."""
-    return _tuning(
-        ("sft-400",), (1.0,), num_steps=150, batch_size=8, length=400, peak_lr=1e-3
-    )
+def helpfulness() -> RewardRecipe:
+    """From `sft`: the more helpful of two answers."""
+    return _rewarding("helpfulness", num_steps=240)
 
 
-def ghost() -> SftRecipe:
-    """Ghost Attention, from `sft`: six rows of it to four of dialogs as before."""
-    return _tuning(
-        ("ghost", "sft-400"),
-        (0.6, 0.4),
-        num_steps=150,
-        batch_size=8,
-        length=400,
-        peak_lr=1e-3,
+def safety() -> RewardRecipe:
+    """From `sft`: the safer of two answers, and which are safe."""
+    return _rewarding("safety", num_steps=80)
+
+
+def ppo() -> PpoRecipe:
+    """From the last version: 25 iterations of 96 prompts."""
+    return PpoRecipe(
+        model=MODEL,
+        data=DataConfig(paths=(f"{RUN}/rows/prompts",), sequence_length=128, seed=0),
+        optimizer=OptimizerConfig(
+            peak_lr=1e-4,
+            final_lr_fraction=1.0,
+            warmup_steps=0,
+            beta1=0.9,
+            beta2=0.95,
+            eps=1e-5,
+            weight_decay=0.1,
+            clip_norm=1.0,
+        ),
+        train=_train(num_steps=75, batch_size=32),
+        mesh=MeshConfig(),
+        sequence_parallel=False,
+        topology="",
+        ppo=PpoConfig(
+            helpfulness=f"{RUN}/helpfulness",
+            safety=f"{RUN}/safety",
+            critic="helpfulness",
+            threshold=0.15,
+            beta=0.1,
+            prompts=96,
+            max_new_tokens=24,
+            temperature=1.0,
+            clip=0.2,
+            value_clip=0.2,
+            gamma=1.0,
+            lam=0.95,
+            patience=None,
+            decode_tensor=1,
+            decode_batch=96,
+        ),
     )
 
 
@@ -67,12 +110,7 @@ def _pretraining(
 ) -> PretrainRecipe:
     return PretrainRecipe(
         model=MODEL,
-        data=DataConfig(
-            paths=(f"{RUN}/documents-{length}",),
-            sequence_length=length,
-            seed=0,
-            segments=True,
-        ),
+        data=_data(f"documents-{length}", length=length),
         optimizer=paper_optimizer(peak_lr=peak_lr, warmup_steps=20),
         train=_train(num_steps, batch_size),
         mesh=MeshConfig(),
@@ -81,30 +119,25 @@ def _pretraining(
     )
 
 
-def _tuning(
-    names: tuple[str, ...],
-    weights: tuple[float, ...],
-    *,
-    num_steps: int,
-    batch_size: int,
-    length: int,
-    peak_lr: float,
-) -> SftRecipe:
-    return SftRecipe(
+def _rewarding(about: Judged, *, num_steps: int) -> RewardRecipe:
+    return RewardRecipe(
         model=MODEL,
-        data=DataConfig(
-            paths=tuple(f"{RUN}/{name}" for name in names),
-            weights=weights,
-            sequence_length=length,
-            seed=0,
-            segments=True,
-        ),
-        optimizer=paper_optimizer(peak_lr=peak_lr, warmup_steps=20),
-        train=_train(num_steps, batch_size),
+        data=_data(about, length=400),
+        optimizer=paper_optimizer(peak_lr=7e-4, warmup_steps=10),
+        train=_train(num_steps, batch_size=8),
         mesh=MeshConfig(),
         sequence_parallel=False,
         topology="",
         epochs=None,
+        reward=RewardConfig(
+            margin="small", safety_weight=1.0 if about == "safety" else 0.0
+        ),
+    )
+
+
+def _data(name: str, *, length: int) -> DataConfig:
+    return DataConfig(
+        paths=(f"{RUN}/rows/{name}",), sequence_length=length, seed=0, segments=True
     )
 
 

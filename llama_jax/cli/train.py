@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Annotated, Any, Generic, TypeVar
 
 import tyro
@@ -12,7 +12,6 @@ from llama_jax.cli.progress import training_progress
 from llama_jax.config.recipe import (
     EpochRecipe,
     PpoRecipe,
-    PretrainRecipe,
     RewardRecipe,
     SftRecipe,
     TrainingRecipe,
@@ -21,13 +20,10 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.data import open_data
 from llama_jax.errors import DataError, RecipeError
-from llama_jax.finetune.ppo import ppo
-from llama_jax.finetune.reward import train_reward
-from llama_jax.finetune.sft import sft
+from llama_jax.finetune.stages import kind_of
 from llama_jax.model.count import num_params
 from llama_jax.train.faults import EXIT_PREEMPTED
 from llama_jax.train.layout import check_layout
-from llama_jax.train.pretrain import pretrain
 from llama_jax.train.run import num_training_rows
 
 _USAGE = """\
@@ -62,14 +58,6 @@ class Options(Generic[_Recipe]):
     fields: Annotated[_Recipe, tyro.conf.arg(name="")]
 
 
-_STAGES: dict[type[TrainingRecipe], tuple[Any, Callable[..., bool]]] = {
-    PretrainRecipe: (Options[PretrainRecipe], pretrain),
-    SftRecipe: (Options[SftRecipe], sft),
-    RewardRecipe: (Options[RewardRecipe], train_reward),
-    PpoRecipe: (Options[PpoRecipe], ppo),
-}
-
-
 def run(argv: Sequence[str]) -> int:
     """The command; returns the exit status."""
     if not argv or argv[0].startswith("-"):
@@ -77,9 +65,9 @@ def run(argv: Sequence[str]) -> int:
         print(_USAGE, end="", file=sys.stdout if asked else sys.stderr)
         return 0 if asked else 2
     default = load_recipe(argv[0])
-    offered, train = _stage(default)
+    kind = kind_of(default)
     options: Options[Any] = tyro.cli(
-        offered,
+        Options[kind.recipe],
         args=argv,
         prog="llama-jax train",
         default=Options(recipe=argv[0], fields=default),
@@ -95,7 +83,7 @@ def run(argv: Sequence[str]) -> int:
         )
         return 0
     with training_progress(_num_steps(recipe)) as watch:
-        finished = train(
+        finished = kind.train(
             recipe,
             options.workdir,
             init_from=options.init_from,
@@ -140,14 +128,6 @@ def _tokens(recipe: TrainingRecipe) -> str:
     if isinstance(recipe, EpochRecipe) and recipe.epochs is not None:
         return f"{a_step:,} tokens a step, {recipe.epochs} epochs"
     return f"{a_step:,} tokens a step, {a_step * recipe.train.num_steps:,} in all"
-
-
-def _stage(recipe: TrainingRecipe) -> tuple[Any, Callable[..., bool]]:
-    for kind, stage in _STAGES.items():
-        if isinstance(recipe, kind):
-            return stage
-    kinds = ", ".join(kind.__name__ for kind in _STAGES)
-    raise RecipeError(f"{type(recipe).__name__} has no stage: return one of {kinds}.")
 
 
 def _first_and_last(steps: str | None) -> tuple[int, int] | None:

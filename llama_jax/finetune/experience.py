@@ -30,7 +30,7 @@ from llama_jax.finetune.estimators import (
     token_rewards,
     whiten,
 )
-from llama_jax.finetune.rollout import Judge, LogprobsStep, Scores, reshard
+from llama_jax.finetune.rollout import Judge, LogprobsStep, Resharding, Scores, reshard
 from llama_jax.generate import Generator, Settings
 from llama_jax.text import Tokenizer
 from llama_jax.train.compiler import compiler_options
@@ -81,11 +81,13 @@ class Answers(NamedTuple):
       rows: ids of prompts with their answers, and EOS where it was drawn.
       starts: tokens of each prompt.
       is_whole: whether each ended with EOS, or was cut.
+      resharding: what the copy of the policy for decoding cost.
     """
 
     rows: list[list[int]]
     starts: list[int]
     is_whole: list[bool]
+    resharding: Resharding
 
 
 def gather(
@@ -136,6 +138,7 @@ def gather(
         **told,
         "kl": float(kl),
         "answer_seconds": written - began,
+        "reshard_seconds": answers.resharding.seconds,
         "read_seconds": time.perf_counter() - written,
     }
 
@@ -167,11 +170,11 @@ def answer(
     """One answer to each prompt; None if asked to stop meanwhile."""
     recipe, options = reader.recipe, reader.recipe.ppo
     # The copy for decoding lives as long as this function runs.
-    engine, _ = reshard(
+    engine, cost = reshard(
         reader.policy, policy, reader.decoding, cache_length=recipe.data.sequence_length
     )
     generator = Generator(engine, reader.tokenizer)
-    answers = Answers([], list(map(len, prompts)), [])
+    answers = Answers([], list(map(len, prompts)), [], cost)
     for start in range(0, len(prompts), options.decode_batch):
         if reader.stop_now():
             return None

@@ -320,17 +320,24 @@ def chosen_by(judge: Judge) -> Choose:
     """
 
     def choose(dialog: Sequence[Message], candidates: Sequence[str]) -> int | None:
-        encoded = [
-            encode_example(
+        encoded = {
+            answer: encode_example(
                 judge.tokenizer, [*dialog, {"role": "assistant", "content": answer}]
             ).tokens
             for answer in candidates
-        ]
-        fits = [i for i, ids in enumerate(encoded) if len(ids) <= judge.max_length]
+        }
+        fits = {
+            answer: ids
+            for answer, ids in encoded.items()
+            if len(ids) <= judge.max_length
+        }
         if not fits:
             return None
-        scores = judge.scores([encoded[i] for i in fits], [False] * len(fits))
-        return fits[int(np.argmax(scores.combined))]
+        best, *others = fits
+        if others:  # else there is nothing to choose
+            scores = judge.scores(list(fits.values()), [False] * len(fits))
+            best = list(fits)[int(np.argmax(scores.combined))]
+        return candidates.index(best)
 
     return choose
 

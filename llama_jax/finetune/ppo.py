@@ -11,10 +11,9 @@ B rows of a step, T positions, P prompts of an iteration.
 """
 
 import dataclasses
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama, build, params_layout
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.checkpoint.params import TOKENIZER, absolute, place
+from llama_jax.checkpoint.params import TOKENIZER, place
 from llama_jax.config import LlamaConfig
 from llama_jax.config.recipe import PpoRecipe
 from llama_jax.config.train import OptimizerConfig
@@ -59,10 +58,19 @@ from llama_jax.finetune.experience import (
     make_rows,
     make_values,
     nothing_learnt,
-    placed,
+)
+from llama_jax.finetune.ppo_state import (
+    PLAN,
+    Best,
+    PpoState,
+    began_as,
+    from_ppo_items,
+    plan_of,
+    ppo_items,
+    require_plan,
 )
 from llama_jax.finetune.reward import RewardModel, load_reward
-from llama_jax.finetune.rollout import Judge, LogprobsStep, checksum, make_logprobs
+from llama_jax.finetune.rollout import Judge, LogprobsStep, make_logprobs
 from llama_jax.text import Tokenizer
 from llama_jax.train import faults
 from llama_jax.train.loop import profiler
@@ -79,11 +87,8 @@ from llama_jax.train.run import (
     open_model,
 )
 from llama_jax.train.state import (
-    TrainState,
     abstract_state,
     fresh_state,
-    from_items,
-    to_items,
 )
 from llama_jax.train.step import (
     EvalStep,
@@ -97,8 +102,6 @@ from sharding.axes import Tree
 from sharding.mesh import FILL
 
 _log = logging.getLogger(__name__)
-
-PLAN = "ppo.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,45 +186,6 @@ def _objective(recipe: PpoRecipe) -> PolicyObjective:
 
 
 STAGE = Stage(reads="prompts", needs_model=True, objective=_objective)
-
-
-class Best(NamedTuple):
-    """The best pass over the held-out prompts.
-
-    Attributes:
-      reward: the mean of it.
-      step: after which it was.
-      seen: the step of the last pass.
-      num_worse: passes since the best.
-    """
-
-    reward: np.float32 = np.float32(-np.inf)
-    step: int = 0
-    seen: int = 0
-    num_worse: int = 0
-
-    def after(self, reward: float, step: int) -> "Best":
-        """With one more pass."""
-        if np.float32(reward) > self.reward:
-            return Best(np.float32(reward), step, step)
-        return self._replace(seen=step, num_worse=self.num_worse + 1)
-
-
-@dataclasses.dataclass(frozen=True)
-class PpoState:
-    """Everything that changes.
-
-    Attributes:
-      policy: as any training has it; its `step` is that of the run.
-      critic: likewise.
-      experience: of the iteration that is being learnt, [P, T], whole on every device.
-      best: so far.
-    """
-
-    policy: TrainState
-    critic: TrainState
-    experience: Experience
-    best: Best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,14 +325,14 @@ def _ppo(
                     "another --workdir."
                 )
             keep_tokenizer(workdir, sets[0], resumed=resumed)
-            beginning = _beginning(workdir, init_from, recipe)
+            beginning = began_as(workdir, init_from, recipe)
             source = open_model(beginning, recipe, sets[0])
         judge = _load_judge(recipe, policy, tokenizer)
         # As the arithmetic rounds it anyway: the same bits, before the policy learns.
         reference = source.load(policy.param_shardings, dtype=policy.model.dtype)
-        plan = _plan(recipe, reference, judge) | {"init_from": str(beginning)}
+        plan = plan_of(recipe, reference, judge) | {"init_from": str(beginning)}
         with hosts.failing_together():
-            _require_plan(workdir / PLAN, plan, resumed=resumed)
+            require_plan(workdir / PLAN, plan, resumed=resumed)
         critic = _critic(recipe, policy, judge)
         state, position = _restore_or(recipe, policy, critic, checkpoints, source)
         programs = make_programs(recipe, policy, critic)
@@ -425,11 +389,11 @@ def _restore_or(
         Best(),
     )
     restored = checkpoints.restore(
-        _to_items(empty, policy), recipe, on_damaged=recipe.train.on_damaged_checkpoint
+        ppo_items(empty, policy), recipe, on_damaged=recipe.train.on_damaged_checkpoint
     )
     if restored is not None:
         items, position = restored
-        state = _from_items(items)
+        state = from_ppo_items(items)
         _log.info("Going on from step %d.", int(state.policy.step))
         return state, position
     rewarded = open_any(
@@ -469,7 +433,7 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
 
     def save() -> None:
         with clock.measure("save"):
-            items = _to_items(state, run.reader.policy)
+            items = ppo_items(state, run.reader.policy)
             run.checkpoints.save(step, items, position, recipe)
 
     def validated() -> PpoState:
@@ -582,36 +546,6 @@ def _write_critic(run: _Run, measured: list[tuple[int, Measured]]) -> None:
     measured.clear()
 
 
-def _to_items(state: PpoState, sharded: ShardedLlama) -> dict[str, Tree]:
-    """The state as a checkpoint has it: the policy's parameters, and all else."""
-    policy, critic = to_items(state.policy), to_items(state.critic)
-    best = {
-        name: placed(value, sharded.sharding())
-        for name, value in state.best._asdict().items()
-    }
-    return {
-        "params": policy["params"],
-        "optimizer": {
-            "policy": policy["optimizer"],
-            "critic": critic,
-            "experience": dict(vars(state.experience)),
-            "best": best,
-        },
-    }
-
-
-def _from_items(items: Mapping[str, Tree]) -> PpoState:
-    """The inverse of `_to_items`."""
-    rest = items["optimizer"]
-    reward, *counts = (np.asarray(rest["best"][name]) for name in Best._fields)
-    return PpoState(
-        policy=from_items({"params": items["params"], "optimizer": rest["policy"]}),
-        critic=from_items(rest["critic"]),
-        experience=Experience(**rest["experience"]),
-        best=Best(np.float32(reward), *map(int, counts)),
-    )
-
-
 def _critic_optimizer(recipe: PpoRecipe) -> OptimizerConfig:
     peak_lr = recipe.ppo.critic_lr or recipe.optimizer.peak_lr
     return dataclasses.replace(recipe.optimizer, peak_lr=peak_lr)
@@ -679,71 +613,3 @@ def _load_judge(
         helpfulness=load(recipe.ppo.helpfulness),
         threshold=recipe.ppo.threshold,
     )
-
-
-def _beginning(
-    workdir: epath.Path, init_from: epath.PathLike | None, recipe: PpoRecipe
-) -> epath.Path:
-    """What the policy begins as, or began as: given, or written down at the start."""
-    if init_from is None:
-        init_from = (_read_plan(workdir / PLAN) or {}).get("init_from")
-    if init_from is None:
-        raise CheckpointError(
-            f"{recipe.stage} goes on from a model: give its checkpoint with "
-            "--init-from."
-        )
-    return absolute(place(init_from))
-
-
-def _plan(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
-    mesh = judge.safety.sharded.mesh
-    return {
-        "reference": checksum(reference, mesh),
-        "helpfulness": checksum(judge.helpfulness.params, mesh),
-        "safety": checksum(judge.safety.params, mesh),
-        "critic": recipe.ppo.critic,
-        "prompts": recipe.ppo.prompts,
-        "batch_size": recipe.train.batch_size,
-        "sequence_length": recipe.data.sequence_length,
-        "compute_dtype": recipe.train.compute_dtype,
-    }
-
-
-def _read_plan(path: epath.Path) -> dict[str, Any] | None:
-    try:
-        plan = json.loads(path.read_text()) if path.exists() else None
-        if plan is not None and not isinstance(plan, dict):
-            raise ValueError("it is no object")
-        return plan
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}): remove it, and give --init-from again."
-        ) from error
-
-
-def _require_plan(path: epath.Path, plan: Mapping[str, Any], *, resumed: bool) -> None:
-    """The run has the models and sizes that it began with; the first host writes them.
-
-    They may have moved: models are told by their parameters.
-    """
-    before = _read_plan(path) if resumed else None
-    if before is not None:
-        changes = [
-            f"{name} was {before.get(name)}, now {value}"
-            for name, value in plan.items()
-            if name != "init_from" and before.get(name) != value
-        ]
-        if changes:
-            raise CheckpointError(
-                f"{path.parent} holds a run that began otherwise: "
-                f"{'; '.join(changes)}. Go on with the models and sizes that it began "
-                "with, or use another --workdir."
-            )
-    if jax.process_index() != 0 or before == plan:
-        return
-    try:
-        partial = path.parent / f".{path.name}.partial"
-        partial.write_text(json.dumps(plan, indent=2) + "\n")
-        partial.replace(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error}.") from error

@@ -1,6 +1,7 @@
 """Which stage a recipe is of: its type says it."""
 
-from collections.abc import Mapping
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,22 +14,45 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.data import Experience
 from llama_jax.data.batch import AnyBatch, batches_of
+from llama_jax.errors import RecipeError
 from llama_jax.finetune import ppo, reward, sft
 from llama_jax.train import pretrain
 from llama_jax.train.run import Stage
 
-STAGES: Mapping[type[TrainingRecipe], Stage] = {
-    PretrainRecipe: pretrain.STAGE,
-    SftRecipe: sft.STAGE,
-    RewardRecipe: reward.STAGE,
-    PpoRecipe: ppo.STAGE,
-}
+
+class Kind(NamedTuple):
+    """What a type of recipe is for.
+
+    Attributes:
+      recipe: the type.
+      stage: what its runs read, and what they make small; of PPO, the policy's.
+      train: does a run, or goes on with it: see `train.pretrain.pretrain`.
+    """
+
+    recipe: type[TrainingRecipe]
+    stage: Stage
+    train: Callable[..., bool]
 
 
-def stage_of(recipe: TrainingRecipe) -> Stage:
-    """The stage of a recipe; of PPO, that of the policy."""
-    (stage,) = (stage for kind, stage in STAGES.items() if isinstance(recipe, kind))
-    return stage
+KINDS = (
+    Kind(PretrainRecipe, pretrain.STAGE, pretrain.pretrain),
+    Kind(SftRecipe, sft.STAGE, sft.sft),
+    Kind(RewardRecipe, reward.STAGE, reward.train_reward),
+    Kind(PpoRecipe, ppo.STAGE, ppo.ppo),
+)
+
+
+def kind_of(recipe: TrainingRecipe) -> Kind:
+    """What a recipe is for.
+
+    Raises:
+      RecipeError: it is of no such type.
+    """
+    for kind in KINDS:
+        if isinstance(recipe, kind.recipe):
+            return kind
+    types = ", ".join(kind.recipe.__name__ for kind in KINDS)
+    raise RecipeError(f"{type(recipe).__name__} has no stage: return one of {types}.")
 
 
 def empty_batch(recipe: TrainingRecipe) -> AnyBatch:
@@ -47,7 +71,7 @@ def empty_batch(recipe: TrainingRecipe) -> AnyBatch:
             returns=numbers,
         )
     to_batch = batches_of(
-        stage_of(recipe).reads,
+        kind_of(recipe).stage.reads,
         length=length,
         bos_id=0 if recipe.data.segments else None,  # any: these rows are empty
     )

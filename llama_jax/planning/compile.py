@@ -18,7 +18,7 @@ import jax
 from llama_jax.build import build_for
 from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.errors import PlanError
-from llama_jax.finetune.stages import empty_batch, stage_of
+from llama_jax.finetune.stages import empty_batch, kind_of
 from llama_jax.planning import topology as tpu
 from llama_jax.planning.topology import Topology
 from llama_jax.train.layout import check_layout
@@ -114,7 +114,7 @@ def compile_step(
         make_schedule(recipe.optimizer, recipe.train.num_steps),
         accumulate=recipe.train.accumulate,
         spike_norm=recipe.train.spike_norm,
-        objective=stage_of(recipe).objective(recipe),
+        objective=kind_of(recipe).stage.objective(recipe),
     )
     assert isinstance(step, jax.stages.Wrapped)
     state = abstract_state(sharded, optimizer)

@@ -27,7 +27,8 @@ from llama_jax.errors import (
 )
 from llama_jax.finetune import estimators, ppo
 from llama_jax.finetune.experience import make_learnt
-from llama_jax.finetune.ppo import Best, PolicyObjective, ValueObjective
+from llama_jax.finetune.ppo import PolicyObjective, ValueObjective
+from llama_jax.finetune.ppo_state import Best
 from llama_jax.finetune.rollout import Judge, Scores, make_logprobs
 from llama_jax.model.heads import MODELS
 from llama_jax.train.metrics import METRICS, read_metrics
@@ -308,7 +309,7 @@ def test_each_iteration_and_each_step_are_told(whole):
     assert told(whole, "kl")[1] != 0
     for name in ("loss", "value_loss", "value_grad_norm"):
         assert len(told(whole, name)) == 8
-    for name in ("clipped", "update_kl", "validation_reward", "cut", "answer_seconds"):
+    for name in ("clipped", "update_kl", "validation_reward", "cut", "reshard_seconds"):
         assert len(told(whole, name)) == 2
     assert 1 < told(whole, "answer_length")[0] <= MAX_NEW_TOKENS
     for name in ("reward", "helpfulness", "safety"):

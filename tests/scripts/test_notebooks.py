@@ -1,14 +1,17 @@
 """The notebooks: kept without output, open in Colab by a click, run to the bottom.
 
 nbmake runs them, each in a kernel of its own, at a place where nothing is yet but what
-the repository has: the first one trains the model, and the others find it.
+the repository has: the first one trains the model, and the others find it; but that of
+Ghost Attention has a model of its own.
 """
 
 import importlib.util
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import nbformat
 import pytest
@@ -65,7 +68,15 @@ def shown(notebook: nbformat.NotebookNode, kind: str) -> list[str]:
 
 
 def test_there_are_notebooks():
-    assert NAMES == ["attention", "chat", "convert", "generate", "quickstart", "train"]
+    assert NAMES == [
+        "attention",
+        "chat",
+        "convert",
+        "generate",
+        "ghost_attention",
+        "quickstart",
+        "train",
+    ]
 
 
 @EACH
@@ -126,8 +137,18 @@ def fresh(folder: Path) -> Path:
         folder / "docs/notebooks",
         ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"),
     )
-    (folder / "configs").symlink_to(ROOT / "configs")
+    for name in ("configs", "scripts"):
+        (folder / name).symlink_to(ROOT / name)
     return folder
+
+
+def beside_the_notebooks(folder: Path, name: str) -> ModuleType:
+    """A module that notebooks import from where they are."""
+    path = folder / f"docs/notebooks/{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +180,9 @@ def test_train(trained):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name != "train"])
+@pytest.mark.parametrize(
+    "name", [name for name in NAMES if name not in ("train", "ghost_attention")]
+)
 def test_runs(trained, name):
     folder, _ = trained
     notebook = run(folder / f"docs/notebooks/{name}.ipynb")
@@ -178,9 +201,7 @@ def test_the_first_that_needs_a_model_trains_it(tmp_path, monkeypatch, capsys):
     source = path.read_text()
     assert source.count("num_steps = 500") == 1
     path.write_text(source.replace("num_steps = 500", "num_steps = 5"))
-    spec = importlib.util.spec_from_file_location("demo_model", path)
-    demo_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(demo_model)
+    demo_model = beside_the_notebooks(tmp_path, "demo_model")
 
     assert demo_model.checkpoint() == tmp_path / "runs/notebook-demo"
     assert "training one" in capsys.readouterr().out
@@ -192,3 +213,62 @@ def test_the_first_that_needs_a_model_trains_it(tmp_path, monkeypatch, capsys):
     assert demo_model.checkpoint() == tmp_path / "runs/demo"
     monkeypatch.setenv("LLAMA_CHECKPOINT", "elsewhere")
     assert demo_model.checkpoint() == Path("elsewhere")
+
+
+def test_ghost_attention_may_begin_with_the_base_model_of_chat(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    ghost_model = beside_the_notebooks(fresh(tmp_path), "ghost_model")
+    of_chat = tmp_path / "runs/chat/seed-0/base"
+    (of_chat / "checkpoints/60").mkdir(parents=True)
+    assert ghost_model.base_model() == of_chat
+
+    own = tmp_path / "runs/notebook-ghost/base"
+    (own / "checkpoints/60").mkdir(parents=True)
+    assert ghost_model.base_model() == of_chat
+    own.with_name("base-256").mkdir()  # its own was begun before
+    assert ghost_model.base_model() == own
+
+
+@pytest.fixture(scope="module")
+def ghosts(tmp_path_factory, own_kernels) -> tuple[Path, nbformat.NotebookNode]:
+    """A place where ghost_attention.ipynb ran, and what it showed."""
+    folder = fresh(tmp_path_factory.mktemp("ghosts"))
+    return folder, run(folder / "docs/notebooks/ghost_attention.ipynb")
+
+
+def kept(notebook: nbformat.NotebookNode) -> dict[str, list[int]]:
+    """Instructions kept by both models, in percent, turn by turn, as it was printed."""
+    printed = "".join(shown(notebook, "printed"))
+    lines = re.findall(r"^(SFT|Ghost Attention) +((?:\d+ *)+)$", printed, re.MULTILINE)
+    return {name: [int(share) for share in shares.split()] for name, shares in lines}
+
+
+def talks(notebook: nbformat.NotebookNode) -> list[str]:
+    """The marks of the answers in each talk."""
+    marks = re.compile("[✓✗]")
+    found = ["".join(marks.findall(text)) for text in shown(notebook, "printed")]
+    return [talk for talk in found if talk]
+
+
+@pytest.mark.slow
+def test_ghost_attention(ghosts):
+    _, notebook = ghosts
+    shares = kept(notebook)
+    before, after = shares["SFT"], shares["Ghost Attention"]
+    assert len(before) == len(after) == 20
+    assert min(before[0], after[0]) >= 80  # the first answer keeps it with both
+    for turn in range(6, 21):
+        assert after[turn - 1] >= max(80, 2 * before[turn - 1])
+    assert talks(notebook) == ["✓✗✗✗✗✗", "✓✓✓✓✓✓"]
+    assert len(shown(notebook, "image/png")) == 2
+
+
+@pytest.mark.slow
+def test_ghost_attention_goes_on_where_it_was(ghosts):
+    folder, notebook = ghosts
+    rows = folder / "runs/notebook-ghost/ghost-all.jsonl"
+    written = rows.stat().st_mtime_ns
+    again = run(folder / "docs/notebooks/ghost_attention.ipynb")
+    assert rows.stat().st_mtime_ns == written
+    assert kept(again) == kept(notebook)
+    assert talks(again) == talks(notebook)

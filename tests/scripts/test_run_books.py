@@ -60,9 +60,9 @@ def test_each_is_careful_and_says_how_it_is_used(path):
     subprocess.run(["bash", "-n", path], check=True)
     done = run(path.name)
     assert done.returncode == 2
-    of_a_pod = path.name != "convert_meta.sh"
-    takes = "NAME --zone ZONE" if of_a_pod else "SOURCE TARGET"
-    assert f"scripts/{path.name} {takes}" in done.stderr
+    takes = {"convert_meta.sh": "SOURCE TARGET", "chat.sh": "--recipes FILE.py"}
+    form = takes.get(path.name, "NAME --zone ZONE")
+    assert f"scripts/{path.name} {form}" in done.stderr
     assert "pipefail" not in done.stderr
 
 
@@ -114,6 +114,78 @@ def test_metas_weights_are_converted_looked_at_and_write(place):
     refused = run("convert_meta.sh", "llama-2-7b", "runs/meta")
     assert refused.returncode == 1
     assert "is not empty" in refused.stderr
+
+
+def stages(*words: str) -> list[list[str]]:
+    """The commands that scripts/chat.sh would run."""
+    done = run("chat.sh", "--dry-run", *words)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line)[1:] for line in lines]
+
+
+LLAMA = ("--recipes", "configs/chat/llama2_7b.py", "--base", "llama-2-7b")
+CHAT = (*LLAMA, "--data", "data", "--run", "runs/a chat")
+
+
+def test_every_version_of_the_chat_model_begins_with_the_base():
+    commands = stages(*CHAT, "--", "--train.batch-size", "32")
+    trained = [c for c in commands if c[:2] == ["llama-jax", "train"]]
+    names = [c[c.index("--workdir") + 1].removeprefix("runs/a chat/") for c in trained]
+    assert names == [
+        *("sft", "helpfulness", "safety", "distilled"),
+        *("v1", "v2", "v3", "v4", "v5", "ppo"),
+    ]
+    begun = [c[c.index("--init-from") + 1] for c in trained]
+    from_sft, from_v5 = "runs/a chat/sft", "runs/a chat/v5"
+    assert begun == ["llama-2-7b", *[from_sft] * 2, *["llama-2-7b"] * 6, from_v5]
+    assert all(c[-2:] == ["--train.batch-size", "32"] for c in trained)
+    pools = [c for c in commands if c[:3] == ["llama-jax", "sample", "pool"]]
+    keeps = [c[c.index("--keep") + 1] for c in pools]
+    assert keeps == ["latest"] * 3 + ["all"] * 2
+    sampled = [c[3] for c in commands if c[:3] == ["llama-jax", "sample", "answers"]]
+    newest = ("distilled", "v1", "v2", "v3", "v4")
+    assert sampled == [f"runs/a chat/{name}" for name in newest]
+    assert not any("small" in word for command in commands for word in command)
+
+
+def test_the_options_of_every_stage_are_known(capsys):
+    """Each command line is right, as far as it is without the files before it."""
+    for command in stages(*CHAT):
+        if command[0] != "llama-jax":
+            continue
+        name, *rest = command[1:]
+        assert cli.main([name, *rest, "--dry-run"]) in (0, 1)
+        said = capsys.readouterr()
+        assert "nrecognized" not in said.err and "equired" not in said.err
+
+
+def test_seeds_of_the_small_world_are_runs_of_their_own():
+    commands = stages("--tiny", "--run", "runs/tiny", "--seeds", "2")
+    (report,) = [c for c in commands if "scripts.chat_report" in c]
+    assert report[3:] == ["runs/tiny/seed-0", "runs/tiny/seed-1"]
+    trained = [c for c in commands if c[:2] == ["llama-jax", "train"]]
+    assert len(trained) == 2 * 12
+    for seed in (0, 1):
+        own = [c for c in trained if f"runs/tiny/seed-{seed}/" in " ".join(c)]
+        assert len(own) == 12
+        assert all(c[c.index("--train.seed") + 1] == str(seed) for c in own)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--tiny", "--base", "llama-2-7b"),
+        ("--recipes", "configs/chat/llama2_7b.py", "--run", "runs/chat"),
+        (*CHAT, "--pod", "llama2-70b"),
+        ("--huge",),
+    ],
+    ids=["tiny has a base", "no data", "no zone", "unknown"],
+)
+def test_what_the_chat_run_book_cannot_do_is_refused(words):
+    done = run("chat.sh", *words)
+    assert done.returncode == 2
+    assert "scripts/chat.sh --tiny" in done.stderr
 
 
 # Stands for gcloud: two hosts, which end with the next of the statuses in a file each.

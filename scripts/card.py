@@ -1,0 +1,313 @@
+"""A card of a stage of the chat recipe: what it is, how it went, what it writes.
+
+    python -m scripts.card DIR [--prompts FILE.jsonl]
+
+DIR is the work directory of a run, or an iteration of rejection sampling. It gets
+`card.md`, of tables and samples, and `card.png`, a page of plots. Samples are answers
+of the run's model to the first of the prompts, a line {"messages": [...]} each; those
+of an iteration are the best and the worst of its own.
+"""
+
+import argparse
+import dataclasses
+import io
+import itertools
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import jax
+import numpy as np
+from etils import epath
+from matplotlib.figure import Figure
+
+import llama_jax
+from llama_jax.checkpoint.manager import CHECKPOINTS, open_run, saved_recipe
+from llama_jax.checkpoint.params import is_remote, place
+from llama_jax.config.recipe import PpoRecipe, PretrainRecipe, RewardRecipe
+from llama_jax.data import PromptLines
+from llama_jax.errors import CheckpointError, DataError, LlamaError
+from llama_jax.finetune.ppo_state import PLAN
+from llama_jax.finetune.rejection import MANIFEST, Iteration, best_of, reward_curve
+from llama_jax.finetune.rollout import Rollout
+from llama_jax.model import num_params
+from llama_jax.train.metrics import METRICS, Record, read_metrics
+from scripts import card_plots, card_text
+from sharding import MeshConfig, ShardingError, make_mesh
+
+TEXT, PICTURE = "card.md", "card.png"
+
+# What the loss of a stage is counted in.
+_LOSS_UNITS = {
+    RewardRecipe.stage: "nats per pair",
+    PpoRecipe.stage: "of the policy, per token",
+}
+_SAMPLERS = {
+    "Greedy": llama_jax.Greedy(),
+    "Temperature 1": llama_jax.TopP(1.0, temperature=1.0),
+}
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write the card; returns the exit status."""
+    args = options(argv)
+    try:
+        directory = place(args.directory)
+        write(directory, card_of(directory, args))
+    except (LlamaError, ShardingError) as error:
+        print(f"card: {error}", file=sys.stderr)
+        return 1
+    print(f"Written to {directory / TEXT} and {directory / PICTURE}.")
+    return 0
+
+
+def options(argv: Sequence[str]) -> argparse.Namespace:
+    """What was asked for."""
+    parser = argparse.ArgumentParser(
+        prog="card", description="A card of a run, or of an iteration."
+    )
+    parser.add_argument("directory", metavar="DIR")
+    parser.add_argument("--prompts", help="of samples, a .jsonl file")
+    parser.add_argument("--num-samples", type=_count, default=6, help="prompts shown")
+    parser.add_argument("--max-new-tokens", type=_count, default=256)
+    parser.add_argument("--tensor", type=_count, default=1, help="devices to answer on")
+    return parser.parse_args(argv)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: give an integer of 1 or more")
+    return int(text)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """What is shown.
+
+    Attributes:
+      title: of text and picture.
+      sections: Markdown by heading.
+      plots: of the picture.
+    """
+
+    title: str
+    sections: Mapping[str, str]
+    plots: Sequence[card_plots.Plot]
+
+    def text(self) -> str:
+        """The card as Markdown."""
+        parts = [f"# {card_text.escaped(self.title)}", f"![Plots]({PICTURE})"]
+        parts += [f"## {name}\n\n{body}" for name, body in self.sections.items()]
+        return "\n\n".join(parts) + "\n"
+
+    def figure(self) -> Figure:
+        """The plots, on one page."""
+        return card_plots.page(self.title, self.plots)
+
+
+def card_of(directory: epath.Path, args: argparse.Namespace) -> Card:
+    """The card of whatever a directory holds.
+
+    Raises:
+      LlamaError: it holds no run and no iteration, or one that is damaged; prompts for
+        what writes nothing, or that leave no room for an answer.
+      ShardingError: `--tensor` does not divide the model.
+    """
+    if (directory / MANIFEST).exists():
+        if args.prompts is not None:
+            raise DataError(
+                f"{directory} is an iteration, whose samples are its own: leave out "
+                "--prompts."
+            )
+        return iteration_card(Iteration.open(directory), args.num_samples)
+    if (directory / CHECKPOINTS).exists():
+        return run_card(Run.open(directory), args)
+    raise CheckpointError(
+        f"{directory} is no work directory of a run and no iteration of rejection "
+        f"sampling: it has neither {CHECKPOINTS} nor {MANIFEST}. Check the path."
+    )
+
+
+def write(directory: epath.Path, card: Card) -> None:
+    """Put text and picture into a directory, each whole or not at all.
+
+    Raises:
+      DataError: they cannot be written.
+    """
+    picture = io.BytesIO()
+    card.figure().savefig(picture, format="png")
+    files = {PICTURE: picture.getvalue(), TEXT: card.text().encode()}
+    try:
+        for name, content in files.items():
+            if is_remote(directory):  # where objects appear whole
+                (directory / name).write_bytes(content)
+                continue
+            partial = directory / f".{name}.partial"
+            partial.write_bytes(content)
+            partial.replace(directory / name)
+    except OSError as error:
+        raise DataError(f"{directory} cannot be written to: {error}.") from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run left behind.
+
+    Attributes:
+      directory: its work directory.
+      step: of its newest checkpoint.
+      num_params: of its model.
+      recipe: what that was made with.
+      records: its metrics.
+    """
+
+    directory: epath.Path
+    step: int
+    num_params: int
+    recipe: Mapping[str, Any]
+    records: Sequence[Record]
+
+    @classmethod
+    def open(cls, directory: epath.Path) -> Self:
+        """A run that has saved something.
+
+        Raises:
+          CheckpointError: it has not, is damaged, or has lost its metrics.
+        """
+        source = open_run(directory)
+        newest = source.directory.parent
+        records = read_metrics(directory / METRICS)
+        if not card_plots.series(records, "learning_rate"):
+            raise CheckpointError(
+                f"{directory} has no {METRICS} with steps in it, of which its card is "
+                "made: copy it there."
+            )
+        return cls(
+            directory=directory,
+            step=int(newest.name),
+            num_params=num_params(source.config, source.head),
+            recipe=saved_recipe(newest),
+            records=records,
+        )
+
+    @property
+    def stage(self) -> str:
+        """What was done, in words; runs before there was a choice do not say it."""
+        return self.recipe.get("stage", PretrainRecipe.stage)
+
+    @property
+    def began_with(self) -> dict[str, str]:
+        """The model that it went on from, which PPO alone writes down."""
+        try:
+            plan = json.loads((self.directory / PLAN).read_text())
+            return {"began with": plan["init_from"]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}
+
+
+def run_card(run: Run, args: argparse.Namespace) -> Card:
+    """The card of pretraining, fine-tuning, a reward model or PPO."""
+    records = run.records
+    loss_unit = _LOSS_UNITS.get(run.stage, "nats per token")
+    what = {
+        "stage": run.stage,
+        **run.began_with,
+        "parameters": f"{run.num_params:,}",
+        "newest checkpoint": f"step {run.step:,}",
+    }
+    sections = {
+        "What it is": card_text.facts(what),
+        "Data": card_text.data_table(run.recipe["data"]),
+        "Training": card_text.training_table(run.recipe, records, loss_unit),
+    }
+    if reports := [record for record in records if "accuracy" in record]:
+        sections["Comparisons held out"] = card_text.comparisons_table(reports[-1])
+    if any("iteration" in record for record in records):
+        sections["Iterations"] = card_text.iterations_table(records)
+    if passes := [record for record in records if "validation_reward" in record]:
+        sections["Prompts held out"] = card_text.held_out_table(passes)
+    sections["Recipe"] = card_text.recipe_table(run.recipe)
+    if args.prompts is not None:
+        sections["Samples"] = card_text.samples(answered(run, args))
+    plots = card_plots.of_run(records, loss_unit)
+    return Card(f"{run.stage.capitalize()}: {run.directory}", sections, plots)
+
+
+def answered(run: Run, args: argparse.Namespace) -> list[card_text.Sample]:
+    """Prompts, each with an answer of every sampler."""
+    prompts = list(itertools.islice(PromptLines(args.prompts), args.num_samples))
+    devices = jax.devices()[: args.tensor]
+    llm = llama_jax.load(
+        run.directory,
+        dtype=run.recipe["train"]["compute_dtype"],
+        mesh=make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices),
+    )
+    shown = list[card_text.Sample]()
+    for prompt in prompts:
+        answers = dict[str, str]()
+        for name, sampler in _SAMPLERS.items():
+            answer = llm.chat(
+                prompt.messages, max_new_tokens=args.max_new_tokens, sampler=sampler
+            )
+            cut = _cut(answer.finish_reason == "stop")
+            answers[name + cut] = answer.text.strip()
+        shown.append((prompt.messages, answers))
+    return shown
+
+
+def iteration_card(iteration: Iteration, num_samples: int) -> Card:
+    """The card of an iteration of rejection sampling."""
+    plan, rewards = iteration.plan, iteration.rewards()
+    rollouts, curve = list(iteration.rollouts()), reward_curve(rewards)
+    num_prompts, num_answers = rewards.shape
+    is_whole = [answer.is_whole for rollout in rollouts for answer in rollout.answers]
+    num_learnable = sum(best_of(rollout) is not None for rollout in rollouts)
+    what = {
+        "stage": "rejection sampling",
+        "policy": plan["policy"],
+        "helpfulness model": plan["helpfulness_model"],
+        "safety model": plan["safety_model"],
+        "prompts": f"{num_prompts:,}",
+        "answers": f"{rewards.size:,}, {num_answers} to each prompt",
+        "sampler": plan["sampler"],
+        "longest answer allowed, tokens": f"{plan['max_new_tokens']:,}",
+        "seed": plan["seed"],
+    }
+    told = {
+        "mean reward": f"{rewards.mean():.4g}",
+        f"best of {num_answers}": f"{curve.max[-1]:.4g}",
+        "answers that were cut": f"{1 - np.mean(is_whole):.1%}",
+        "prompts with an answer to learn from": f"{num_learnable:,}",
+    }
+    sections = {
+        "What it is": card_text.facts(what),
+        "Rewards": card_text.facts(told),
+        "Reward curve": card_text.curve_table(curve),
+        "Samples": card_text.samples(map(best_and_worst, rollouts[:num_samples])),
+    }
+    plots = card_plots.of_iteration(rewards, curve)
+    return Card(f"Rejection sampling: {iteration.path}", sections, plots)
+
+
+def best_and_worst(rollout: Rollout) -> card_text.Sample:
+    """The prompt, with two of the answers to it and what they scored."""
+    combined = rollout.scores.combined
+    numbers = {"Best": int(np.argmax(combined)), "Worst": int(np.argmin(combined))}
+    answers = dict[str, str]()
+    for name, number in numbers.items():
+        scores = ", ".join(
+            f"{kind} {values[number]:.4g}"
+            for kind, values in rollout.scores._asdict().items()
+        )
+        answer = rollout.answers[number]
+        answers[f"{name}: {scores}{_cut(answer.is_whole)}"] = answer.text
+    return rollout.prompt.messages, answers
+
+
+def _cut(is_whole: bool) -> str:
+    return "" if is_whole else " (cut)"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
