@@ -2,7 +2,7 @@
 # Llama 2-Chat: from a base model to its last version, stage after stage.
 #
 #   scripts/chat.sh --recipes FILE.py --base CHECKPOINT --data DIR --run DIR
-#       [--pod NAME --zone ZONE] [--dry-run] [-- OPTION ...]
+#       [--tensor N] [--pod NAME --zone ZONE] [--dry-run] [-- OPTION ...]
 #   scripts/chat.sh --tiny [--run DIR] [--seeds N] [--prompts N] [--dry-run]
 #       [-- OPTION ...]
 #
@@ -10,119 +10,155 @@
 # Attention), and what people wrote: dialogs, helpfulness and safety (comparisons),
 # prompts, all as .jsonl and with NAME_validation.jsonl; ghost.jsonl and ghost_all.jsonl
 # (dialogs whose last answer and all of whose answers are sampled for Ghost Attention).
-# With --pod the models run on every host of a TPU VM that has this checkout; --data and
-# --run are then the same file system there and here. What follows -- goes to each
-# `llama-jax train`.
+# While models write, --tensor devices share the weights. With --pod, models run on
+# every host of a TPU VM that has this checkout; --data and --run are then the same file
+# system there and here. What follows -- goes to each `llama-jax train`.
 #
 # --tiny needs nothing: a small world whose truth is a rule makes the data, compares
-# answers, and measures every version. Two CPU cores take half an hour for a seed.
+# answers, and measures every version, on two CPU cores.
 #
 # Stopped at any moment and started again, it goes on. docs/chat.md says what each stage
-# is; RUN/STAGE/card.md, what became of it.
+# is; RUN/STAGE/card.md, what became of it. It needs the extra `demo`, for the plots.
 set -euo pipefail
+here=$PWD
 cd "$(dirname "$0")/.."
 
 usage() {
+  [[ -z ${1-} ]] || echo "$1" >&2
   sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' scripts/chat.sh >&2
   exit 2
 }
 
-recipes='' base='' data='' run='' pod='' zone='' tiny='' dry_run=''
-seeds=1 prompts=1000
+recipes='' base='' data='' run='' tensor='' pod='' zone='' tiny='' seeds='' prompts=''
+dry_run=''
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --recipes) recipes=${2:?--recipes needs a value}; shift 2 ;;
-    --base) base=${2:?--base needs a value}; shift 2 ;;
-    --data) data=${2:?--data needs a value}; shift 2 ;;
-    --run) run=${2:?--run needs a value}; shift 2 ;;
-    --pod) pod=${2:?--pod needs a value}; shift 2 ;;
-    --zone) zone=${2:?--zone needs a value}; shift 2 ;;
-    --seeds) seeds=${2:?--seeds needs a value}; shift 2 ;;
-    --prompts) prompts=${2:?--prompts needs a value}; shift 2 ;;
+    --recipes | --base | --data | --run | --tensor | --pod | --zone | --seeds | --prompts)
+      declare "${1#--}=${2:?$1 needs a value}"; shift 2 ;;
     --tiny) tiny=yes; shift ;;
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
-    *) usage ;;
+    *) usage "There is no option $1." ;;
   esac
 done
 options=("$@")
+for count in "${tensor:-1}" "${seeds:-1}" "${prompts:-1}"; do
+  [[ $count =~ ^[1-9][0-9]*$ ]] || usage "$count is no count: give 1 or more."
+done
 if [[ -n $tiny ]]; then
-  [[ -z $recipes$base$data$pod ]] || usage
+  [[ -z $recipes$base$data$tensor$pod$zone ]] || usage '--tiny makes its own models and data.'
 else
   [[ -n $recipes && -n $base && -n $data && -n $run ]] || usage
-  [[ -z $pod || -n $zone ]] || usage
+  [[ -z $seeds$prompts ]] || usage '--seeds and --prompts are those of --tiny.'
+  [[ -n $pod || -z $zone ]] && [[ -z $pod || -n $zone ]] || usage 'Give --pod and --zone.'
 fi
+for path in "$data" "$run"; do
+  [[ $path != *://* ]] || usage "$path is a bucket: mount it, and give the directory."
+done
+
+# What is relative is so to where this was called.
+absolute() { [[ -z $1 || $1 == /* || $1 == *://* ]] && echo "$1" || echo "$here/$1"; }
+base=$(absolute "$base") data=$(absolute "$data") root=$(absolute "${run:-runs/chat}")
+[[ -e $recipes ]] || recipes=$(absolute "$recipes")
+tensor=${tensor:-1}
 
 # The environment in use, else the one that `make setup` makes.
 PATH=$PATH:$PWD/.venv/bin
 PATH=$(dirname "$(command -v llama-jax)"):$PATH # and the Python of that
-
-# once MARK COMMAND: show it and do it, unless it is done, which leaves a mark.
-once() {
-  local mark=$run/done/$1
-  shift
-  [[ ! -e $mark ]] || return 0
-  local shown=("$@")
-  [[ $1 != model ]] || shown[0]=llama-jax
-  printf '\n$'; printf ' %q' "${shown[@]}"; echo
-  [[ -z $dry_run ]] || return 0
-  "$@"
-  mkdir -p "$run/done"
-  touch "$mark"
+python -c 'import matplotlib' 2>/dev/null || {
+  echo "The plots need matplotlib: pip install 'llama-jax[demo]'." >&2
+  exit 1
 }
 
-# A model's work: here, or on every host, which all begin again when one was lost.
-model() {
-  [[ -n $pod ]] || { llama-jax "$@"; return; }
+# One book at a time writes here. Commands hold the lock too, should they outlive it.
+if [[ -z $dry_run ]]; then
+  mkdir -p "$root"
+  exec 9>"$root/lock"
+  flock -w 3 9 || { echo "$root is being written to: wait, or end that run." >&2; exit 1; }
+fi
+
+# once MARK COMMAND: show it and do it, unless it is done, which leaves a mark. What
+# begins with `model` is llama-jax here, or on every host of the pod.
+once() {
+  local mark=$run/done/$1 words shown
+  shift
+  words=("$@")
+  if [[ $1 == model ]]; then
+    words[0]=llama-jax
+    [[ -z $pod ]] || words=(scripts/on_every_host.sh "$pod" --zone "$zone" --
+      "cd llama-jax && $(printf '%q ' .venv/bin/llama-jax "${@:2}")")
+  fi
+  shown=$(printf '%q ' "${words[@]}")
+  if [[ -e $mark ]]; then
+    [[ $(<"$mark") != "${shown% }" ]] || return 0
+    printf '%s was done by another command,\n  %s\nand not by\n  %s\n%s\n' "${mark##*/}" \
+      "$(<"$mark")" "$shown" 'Use another --run, or go on as it began.' >&2
+    exit 1
+  fi
+  printf '\n$ %s\n' "$shown"
+  [[ -z $dry_run ]] || return 0
+  persist "${words[@]}"
+  mkdir -p "$run/done"
+  echo "${shown% }" >"$mark.partial"
+  mv "$mark.partial" "$mark"
+}
+
+# persist COMMAND: do it; on a pod, once more where it was stopped or lost a host.
+persist() {
   local losses_left=10 status
   while true; do
     status=0
-    scripts/on_every_host.sh "$pod" --zone "$zone" -- \
-      "cd llama-jax && $(printf '%q ' .venv/bin/llama-jax "$@")" || status=$?
+    "$@" || status=$?
+    [[ -n $pod ]] || return "$status"
     case $status in
-      0) return ;;
-      75) ;;
-      76) ((losses_left-- > 0)) || exit 76 ;;
-      *) exit "$status" ;;
+      75 | 143) ;; # saved, or, by `sample`, as good as saved
+      76) ((losses_left-- > 0)) || return 76 ;;
+      *) return "$status" ;;
     esac
     sleep 30
   done
 }
 
-# rows KIND NAME TRAIN VALIDATION [OPTION ...]: files of lines to rows of tokens.
+# rows KIND NAME TRAIN VALIDATION [OPTION ...]: a file of lines to rows of tokens.
 rows() {
-  local kind=$1 name=$2 train=$3 validation=$4
-  shift 4
-  once "rows-$name" llama-jax data "$kind" --tokenizer "$data/tokenizer.model" \
-    --train $train --validation "$validation" --output "$run/rows/$name" "$@"
+  once "rows-$2" llama-jax data "$1" --tokenizer "$data/tokenizer.model" --train "$3" \
+    --validation "$4" --output "$run/rows/$2" "${@:5}"
 }
 
-# train RECIPE NAME BEFORE [OPTION ...]: a stage, from the model of another.
+# train RECIPE NAME BEFORE [OPTION ...]: a stage, from the model of another; its card.
 train() {
-  local recipe=$1 name=$2 before=$3
-  shift 3
-  once "train-$name" model train "$recipes:$recipe" --init-from "$before" \
-    --workdir "$run/$name" "${seeded[@]}" "$@" "${options[@]}"
   local asked=(--prompts "$data/prompts_validation.jsonl" --max-new-tokens "$answer")
-  [[ $recipe != helpfulness && $recipe != safety ]] || asked=()
-  once "card-$name" python -m scripts.card "$run/$name" "${asked[@]}"
+  asked+=(--tensor "$tensor")
+  # Reward models do not answer, nor do models of a pod here.
+  [[ -z $pod && $1 != helpfulness && $1 != safety ]] || asked=()
+  once "train-$2" model train "$recipes:$1" --init-from "$3" --workdir "$run/$2" \
+    "${seeded[@]}" "${@:4}" "${options[@]}"
+  once "card-$2" python -m scripts.card "$run/$2" "${asked[@]}"
 }
 
 # sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from.
 sample() {
-  local step=$1 name=$2 from=$3
-  shift 3
-  once "sample-$name" model sample "$step" "$run/$from" --output "$run/samples/$name" \
-    --max-new-tokens "$answer" --seed "$seed" "$@"
+  once "sample-$2" model sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
+    --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${@:4}"
+}
+
+# join NAME DIR ...: the rows of directories, in one file.
+join() {
+  local name=$1 files=() directory
+  shift
+  for directory in "$@"; do files+=("$directory"/rows-*.jsonl); done
+  once "join-$name" joined "$run/samples/$name.jsonl" "${files[@]}"
+}
+
+joined() {
+  cat "${@:2}" >"$1.partial"
+  mv "$1.partial" "$1"
 }
 
 # ghost RESAMPLE DIALOGS [OPTION ...]: rows of Ghost Attention, of V3.
 ghost() {
-  local resample=$1 dialogs=$2
-  shift 2
-  sample ghost "ghost-$resample" v3 --dialogs "$dialogs" --values "$data/values.json" \
-    --helpfulness "$run/helpfulness" --safety "$run/safety" --resample "$resample" \
-    --cache-length "$length" "$@"
+  sample ghost "ghost-$1" v3 --dialogs "$2" --values "$data/values.json" \
+    "${judge[@]}" --resample "$1" --cache-length "$length" "${@:3}"
 }
 
 # All stages, with the recipes, base and data that are set.
@@ -136,6 +172,7 @@ chat() {
 
   # 2. Two reward models, from it (section 3.2.2).
   [[ -z $tiny ]] || compare_answers
+  local about
   for about in helpfulness safety; do
     rows comparisons "$about" "$data/$about.jsonl" "$data/${about}_validation.jsonl" \
       --row-length "$length"
@@ -146,10 +183,10 @@ chat() {
   #    them forth.
   sample distil distilled sft --prompts "$data/prompts.jsonl" --safety "$run/safety" \
     --cache-length "$context"
-  rows dialogs distilled "$run/samples/distilled/rows-*.jsonl" "$held_out" \
-    --row-length "$length"
-  train sft distilled "$base" --data.paths "$run/rows/distilled" "$run/rows/sft" \
-    --data.weights 1 5
+  join distilled "$run/samples/distilled"
+  rows dialogs distilled "$run/samples/distilled.jsonl" "$held_out" --row-length "$length"
+  train sft distilled "$base" --data.paths "$run/rows/sft" "$run/rows/distilled" \
+    --data.weights 5 1
 
   # 4. Versions 1 to 5 by rejection sampling (section 3.2.3), each from the base: up to
   #    V3 on the best of the newest answers, then on the best of all; and from V4 on
@@ -160,18 +197,18 @@ chat() {
       --num-samples "$samples" --cache-length "$context"
     once "card-samples-v$version" python -m scripts.card "$run/samples/v$version"
     iterations+=("$run/samples/v$version")
-    paths=("$run/rows/v$version" "$run/rows/sft" "$run/rows/distilled")
-    weights=(3 5 1)
+    paths=("$run/rows/sft" "$run/rows/v$version" "$run/rows/distilled")
+    weights=(5 3 1)
     if ((version == 4)); then
       keep=all
       ghost last "$data/ghost.jsonl" --num-samples "$samples"
       ghost all "$data/ghost_all.jsonl" --num-samples 1
-      rows dialogs ghost "$run/samples/ghost-*/rows-*.jsonl" "$held_out" \
-        --row-length "$length"
+      join ghost "$run/samples/ghost-last" "$run/samples/ghost-all"
+      rows dialogs ghost "$run/samples/ghost.jsonl" "$held_out" --row-length "$length"
     fi
     if ((version >= 4)); then
       paths+=("$run/rows/ghost")
-      weights=(3 5 1 7)
+      weights+=(7)
     fi
     once "pool-v$version" llama-jax sample pool "${iterations[@]}" --keep "$keep" \
       --output "$run/samples/v$version.jsonl"
@@ -194,12 +231,12 @@ make_base() {
   once world python -m scripts.small_world "$data" --seed "$seed" --prompts "$prompts"
   once tokenizer llama-jax data tokenizer --vocab-size 1024 \
     --train "$data/spelling.jsonl" --output "$data/tokenizer.model"
-  local length
-  for length in 256 512; do
-    rows prepare "documents-$length" "$data/documents.jsonl" \
-      "$data/documents_validation.jsonl" --row-length "$length"
+  local row
+  for row in 256 512; do
+    rows prepare "documents-$row" "$data/documents.jsonl" \
+      "$data/documents_validation.jsonl" --row-length "$row"
   done
-  once train-first model train "$recipes:base" --workdir "$run/base-256" \
+  once train-base-256 model train "$recipes:base" --workdir "$run/base-256" \
     --data.paths "$run/rows/documents-256" "${seeded[@]}" "${options[@]}"
   train base_long base "$run/base-256" --data.paths "$run/rows/documents-512"
 }
@@ -210,19 +247,21 @@ compare_answers() {
 }
 
 if [[ -z $tiny ]]; then
-  length=4096 context=4096 prompt_length=2048 answer=1024 samples=20
-  seed=0 seeded=()
+  length=4096 context=4096 prompt_length=2048 answer=1024 samples=20 dtype=bfloat16
+  run=$root seed=0 seeded=()
   chat
   exit
 fi
-recipes=configs/chat/small.py
-length=400 context=192 prompt_length=128 answer=24 samples=4
-root=${run:-runs/chat} runs=()
-for ((seed = 0; seed < seeds; seed++)); do
+recipes=configs/chat/small.py prompts=${prompts:-1000}
+length=400 context=192 prompt_length=128 answer=24 samples=4 dtype=float32
+runs=()
+for ((seed = 0; seed < ${seeds:-1}; seed++)); do
   run=$root/seed-$seed data=$root/seed-$seed/data base=$root/seed-$seed/base
   seeded=(--data.seed "$seed" --train.seed "$seed")
   make_base
   chat
   runs+=("$run")
 done
-once report python -m scripts.chat_report "${runs[@]}"
+report=(python -m scripts.chat_report "${runs[@]}" --output "$root")
+printf '\n$ %s\n' "$(printf '%q ' "${report[@]}")"
+[[ -n $dry_run ]] || "${report[@]}"

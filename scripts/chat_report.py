@@ -1,11 +1,10 @@
 """What each stage of scripts/chat.sh has made of the model, by the rule of the world.
 
-    python -m scripts.chat_report runs/chat/seed-0 [runs/chat/seed-1 ...]
+    python -m scripts.chat_report runs/chat/seed-0 [runs/chat/seed-1 ...] --output DIR
 
 Every version answers the same prompts, with instructions whose values were never
-trained on, and holds the same dialogs of twenty turns. One run gives a table with the
-error of its mean over prompts, several with that over runs; pictures go beside the
-first run. What was measured is kept in RUN/measured, and not measured again.
+trained on, and holds the same dialogs of twenty turns. Tables and pictures go to DIR.
+What was measured is kept in RUN/measured, and not measured again.
 """
 
 import argparse
@@ -61,15 +60,17 @@ def main(argv: Sequence[str]) -> int:
     """Measure, show and draw; returns the exit status."""
     parser = argparse.ArgumentParser(description="The stages of a chat model.")
     parser.add_argument("runs", type=Path, nargs="+")
+    parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--dialogs", type=int, default=48, help="of twenty turns")
     args = parser.parse_args(argv)
     results = [measured(run, args.prompts, args.dialogs) for run in args.runs]
-    console = Console(width=120)  # as wide as it needs to be, wherever it goes
+    console = Console(width=120, record=True)  # as wide as it needs to be, anywhere
     console.print(stage_table(results))
     console.print(turn_table(results))
     console.print(rating_table(args.runs))
-    draw(args.runs[0], results)
+    console.save_text(str(args.output / "table.txt"))
+    draw(args.output, results)
     return 0
 
 
@@ -77,7 +78,7 @@ def measured(run: Path, num_prompts: int, num_dialogs: int) -> dict[str, Measure
     """Every stage of a run, from its file if that was measured before."""
     results = {}
     for stage in STAGES:
-        file = run / "measured" / f"{stage}.json"
+        file = run / "measured" / f"{stage}-{num_prompts}-{num_dialogs}.json"
         if not file.exists():
             print(f"measuring {run / stage}", flush=True)
             llm, sft = (llama_jax.load(run / name) for name in (stage, "sft"))
@@ -108,7 +109,8 @@ def measure(llm: LLM, sft: LLM, num_prompts: int, num_dialogs: int) -> dict[str,
             seed=numbers,
         )
         rows = [
-            [*encoded[i], *answer.tokens, tokenizer.eos_id]
+            [*encoded[i], *answer.tokens]
+            + [tokenizer.eos_id] * (answer.finish_reason == "stop")
             for i, answer in zip(numbers, answers, strict=True)
         ]
         ours, theirs = (score.token_logprobs(m.engine, rows) for m in (llm, sft))
@@ -140,12 +142,16 @@ def over_runs(results: Sequence[Mapping[str, Measured]], stage: str, name: str) 
     return np.mean([result[stage][name] for result in results], axis=0)
 
 
+def error(of_each: Sequence[Any]) -> Any:
+    """The standard error of the mean over runs."""
+    return np.std(of_each, axis=0, ddof=1) / np.sqrt(len(of_each))
+
+
 def reward_error(results: Sequence[Mapping[str, Measured]], stage: str) -> float:
     """The standard error of the mean reward: over runs, or over prompts of one."""
     if len(results) == 1:
         return results[0][stage]["reward_error"]
-    rewards = [result[stage]["reward"] for result in results]
-    return float(np.std(rewards, ddof=1) / np.sqrt(len(rewards)))
+    return float(error([result[stage]["reward"] for result in results]))
 
 
 def stage_table(results: Sequence[Mapping[str, Measured]]) -> Table:
@@ -154,7 +160,11 @@ def stage_table(results: Sequence[Mapping[str, Measured]]) -> Table:
     table = Table(
         *("", "reward", *KINDS, "violations", "KL", *map(str, turns)),
         title="By the rule of the world",
-        caption="KL from SFT, in nats an answer; 1 to 20: instructions kept at turn",
+        caption=(
+            "± one standard error over runs, or over prompts of one; violations: of "
+            "adversarial prompts; KL from SFT, nats an answer; 1 to 20: instructions "
+            "kept at turn"
+        ),
     )
     for stage, title in STAGES.items():
         mean = {
@@ -179,7 +189,7 @@ def turn_table(results: Sequence[Mapping[str, Measured]]) -> Table:
     for stage, (name, paper) in zip((BEFORE, AFTER), PAPER.items(), strict=True):
         kept = over_runs(results, stage, "kept")
         of_each = np.array([result[stage]["kept"] for result in results])
-        spread = of_each.std(axis=0, ddof=1) if len(results) > 1 else None
+        spread = error(of_each) if len(results) > 1 else None
         cells = [
             f"{kept[turn - 1]:.0%}"
             + (f" ± {spread[turn - 1]:.0%}" if spread is not None else "")
@@ -213,7 +223,7 @@ def _last_validation(workdir: Path) -> Mapping[str, Any]:
     return next(record for record in reversed(records) if "accuracy" in record)
 
 
-def draw(run: Path, results: Sequence[Mapping[str, Measured]]) -> None:
+def draw(folder: Path, results: Sequence[Mapping[str, Measured]]) -> None:
     """Rewards by stage, instructions by turn, and two maps of attention (Figure 10)."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -230,15 +240,15 @@ def draw(run: Path, results: Sequence[Mapping[str, Measured]]) -> None:
         right.plot(range(1, len(kept) + 1), kept, "o-", markersize=3, label=stage)
     right.set(xlabel="turn", ylabel="instructions kept", ylim=(0, 1.05))
     right.legend()
-    figure.savefig(run / "stages.png", dpi=120)
+    figure.savefig(folder / "stages.png", dpi=120)
 
     figure = Figure(figsize=(10, 5), layout="constrained")
     for axes, stage in zip(figure.subplots(1, 2), (BEFORE, AFTER), strict=True):
         image = axes.imshow(results[0][stage]["map"], vmin=0, vmax=1, cmap="magma")
         axes.set(title=STAGES[stage], xlabel="looked at, 8 tokens", ylabel="looks")
         figure.colorbar(image, ax=axes, shrink=0.7)
-    figure.savefig(run / "attention.png", dpi=120)
-    print(f"\nPictures: {run / 'stages.png'}, {run / 'attention.png'}")
+    figure.savefig(folder / "attention.png", dpi=120)
+    print(f"\nBesides, in {folder}: table.txt, stages.png, attention.png")
 
 
 if __name__ == "__main__":

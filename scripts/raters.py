@@ -35,7 +35,7 @@ RATINGS = (
 _TEMPERATURES = (0.7, 1.1)
 # How answers begin, by what is asked.
 _LEADS: dict[world.Kind, str] = {"fact": "It is", "figure": "I am", "hobby": "I enjoy"}
-# Every tenth pair is held out.
+# One in so many pairs is held out.
 _HELD_OUT = 10
 
 

@@ -104,6 +104,11 @@ class MeshConfig:
         return dataclasses.replace(self, **{fill: num_devices // fixed})
 
 
+def num_slices(devices: Sequence[jax.Device]) -> int:
+    """How many TPU slices the devices form; 1 where the machine knows none."""
+    return len({getattr(device, "slice_index", 0) for device in devices})
+
+
 def make_mesh(
     config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
@@ -115,14 +120,14 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     config = config.resolve(len(devices))
-    slices = {getattr(device, "slice_index", 0) for device in devices}
-    if len(slices) not in (1, config.num_slices):
+    slices = num_slices(devices)
+    if slices not in (1, config.num_slices):
         raise ShardingError(
-            f"the devices form {len(slices)} slices, but dcn_data {config.dcn_data} x "
+            f"the devices form {slices} slices, but dcn_data {config.dcn_data} x "
             f"dcn_fsdp {config.dcn_fsdp} = {config.num_slices}: make the product "
-            f"{len(slices)}."
+            f"{slices}."
         )
-    if len(slices) > 1:
+    if slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
             config.ici, config.dcn, devices, allow_split_physical_axes=True
         )

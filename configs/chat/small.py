@@ -5,6 +5,8 @@ scripts/small_world.py says what the world is. Three layers and a million parame
 learning rates are higher than the paper's and runs shorter, as small models want it.
 """
 
+import dataclasses
+
 from llama_jax.config import LlamaConfig
 from llama_jax.config.data import DataConfig
 from llama_jax.config.finetune import Judged, PpoConfig, RewardConfig
@@ -15,7 +17,7 @@ from llama_jax.config.recipe import (
     SftRecipe,
     paper_optimizer,
 )
-from llama_jax.config.train import OptimizerConfig, TrainConfig
+from llama_jax.config.train import TrainConfig
 from sharding import MeshConfig
 
 RUN = "runs/chat/seed-0"
@@ -71,15 +73,8 @@ def ppo() -> PpoRecipe:
     return PpoRecipe(
         model=MODEL,
         data=DataConfig(paths=(f"{RUN}/rows/prompts",), sequence_length=128, seed=0),
-        optimizer=OptimizerConfig(
-            peak_lr=1e-4,
-            final_lr_fraction=1.0,
-            warmup_steps=0,
-            beta1=0.9,
-            beta2=0.95,
-            eps=1e-5,
-            weight_decay=0.1,
-            clip_norm=1.0,
+        optimizer=dataclasses.replace(
+            paper_optimizer(peak_lr=1e-4, warmup_steps=0), final_lr_fraction=1.0
         ),
         train=_train(num_steps=75, batch_size=32),
         mesh=MeshConfig(),

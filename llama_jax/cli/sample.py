@@ -46,7 +46,7 @@ from llama_jax.text import Tokenizer
 from llama_jax.text.chat import Message
 from llama_jax.train import faults
 from sharding import MeshConfig, hosts, make_mesh
-from sharding.mesh import FILL
+from sharding.mesh import FILL, num_slices
 
 _Item = TypeVar("_Item")
 
@@ -76,7 +76,9 @@ class _Step(abc.ABC):
 
     def _mesh(self) -> jax.sharding.Mesh:
         """All devices of all hosts."""
-        return make_mesh(MeshConfig(data=FILL, fsdp=1, tensor=self.tensor))
+        slices = num_slices(jax.devices())
+        config = MeshConfig(data=FILL, fsdp=1, tensor=self.tensor, dcn_data=slices)
+        return make_mesh(config)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

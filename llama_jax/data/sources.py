@@ -6,6 +6,7 @@ never held in memory. `data.prepare` turns each into one file.
 
 import abc
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_args
 
@@ -16,6 +17,8 @@ from llama_jax.errors import DataError, DialogError
 from llama_jax.text.chat import Learnt, Message, require_example
 
 OnError = Literal["raise", "skip"]
+
+_log = logging.getLogger(__name__)
 
 # A document beyond this is more likely a broken line than a text: War and Peace has
 # three million bytes.
@@ -367,6 +370,9 @@ def dialog_files(paths: Iterable[epath.PathLike]) -> list[Dialogs]:
     form = '{"messages": [{"role": "user", "content": ...}, ...]}'
     found = [_jsonl(path, "dialogs", form) for path in paths]
     filled = [path for path in found if not _is_empty(path)]
+    if filled and len(filled) < len(found):
+        empty = ", ".join(str(path) for path in found if path not in filled)
+        _log.warning("No dialog in %s: left out.", empty)
     return [DialogLines(path) for path in filled or found]
 
 

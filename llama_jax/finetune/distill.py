@@ -278,8 +278,7 @@ def _maker(
     batch_size: int,
 ) -> Callable[[range], list[Distilled]]:
     """From the numbers of some dialogs to their answers; all arguments are checked."""
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: it has to be positive.")
+    shards.require_counts(batch_size=batch_size)
     if len(prompts) != len(dialogs):
         raise DataError(
             f"prompts are {len(prompts)} and dialogs {len(dialogs)}: give one for each."

@@ -439,8 +439,7 @@ def _maker(
     """From the numbers of some dialogs to their rows; all arguments are checked."""
     if resample not in get_args(Resample):
         raise ConfigError(f"resample is {resample!r}: give 'last' or 'all'.")
-    if batch_size < 1:
-        raise ConfigError(f"batch_size is {batch_size}: it has to be positive.")
+    shards.require_counts(batch_size=batch_size)
     _require_one_each("instructions", instructions, dialogs)
     asked = [_asked(llm, number, dialog) for number, dialog in enumerate(dialogs)]
 

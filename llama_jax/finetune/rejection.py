@@ -395,7 +395,7 @@ def _require_one_judge(one: Iteration, other: Iteration) -> None:
         raise DataError(
             f"{one.path} and {other.path} have prompts in common, and other reward "
             "models scored them, so that their scores cannot be compared: give "
-            "judge=Judge(...) to score the best answers again."
+            "a judge (--helpfulness and --safety), which scores the best answers again."
         )
 
 

@@ -544,8 +544,8 @@ def encode_prompts(
         if len(ids) >= slots:
             raise GenerationError(
                 f"prompts[{i}] has {len(ids)} tokens, and a row has room for {slots}, "
-                "prompt and answer together: leave it out, or give reshard a greater "
-                "cache_length."
+                "prompt and answer together: leave it out, or raise cache_length "
+                "(--cache-length)."
             )
         if (longest := min(len(ids) + max_new_tokens, slots)) > readable:
             raise DataError(

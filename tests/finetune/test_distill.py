@@ -119,7 +119,7 @@ def test_a_model_answers_itself():
 def test_what_cannot_be_distilled():
     speaker = Scripted(lambda prompt, seed: "no")
     dialogs = [[user("How to steal?")]]
-    with pytest.raises(ConfigError, match="batch_size is 0: it has to be positive"):
+    with pytest.raises(ConfigError, match="batch_size is 0: give an integer"):
         made(speaker, dialogs, batch_size=0)
     with pytest.raises(DataError, match="prompts are 1 and dialogs 2: give one for ea"):
         distil(

@@ -263,7 +263,7 @@ def test_dialogs_that_outgrow_the_context_are_left_out(caplog):
     "changes, error, message",
     [
         ({"resample": "first"}, ConfigError, "resample is 'first': give 'last' or"),
-        ({"batch_size": 0}, ConfigError, "batch_size is 0: it has to be positive"),
+        ({"batch_size": 0}, ConfigError, "batch_size is 0: give an integer"),
     ],
 )
 def test_what_is_no_choice(changes, error, message):

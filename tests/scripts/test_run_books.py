@@ -1,5 +1,7 @@
 """The run-books of a pod: what they would run, and what they make of statuses."""
 
+import fcntl
+import itertools
 import os
 import re
 import shlex
@@ -124,29 +126,50 @@ def stages(*words: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines]
 
 
-LLAMA = ("--recipes", "configs/chat/llama2_7b.py", "--base", "llama-2-7b")
-CHAT = (*LLAMA, "--data", "data", "--run", "runs/a chat")
+LLAMA = ("--recipes", "configs/chat/llama2_7b.py", "--base", "gs://bucket/llama-2-7b")
+CHAT = (*LLAMA, "--data", "some data", "--run", "runs/a chat")
+
+
+def after(option: str, command: list[str]) -> str:
+    return command[command.index(option) + 1]
 
 
 def test_every_version_of_the_chat_model_begins_with_the_base():
-    commands = stages(*CHAT, "--", "--train.batch-size", "32")
+    commands = stages(*CHAT, "--tensor", "8", "--", "--train.batch-size", "32")
     trained = [c for c in commands if c[:2] == ["llama-jax", "train"]]
-    names = [c[c.index("--workdir") + 1].removeprefix("runs/a chat/") for c in trained]
-    assert names == [
-        *("sft", "helpfulness", "safety", "distilled"),
-        *("v1", "v2", "v3", "v4", "v5", "ppo"),
+    run, base = f"{Path.cwd()}/runs/a chat", "gs://bucket/llama-2-7b"
+    assert [after("--workdir", c) for c in trained] == [
+        *(f"{run}/{name}" for name in ("sft", "helpfulness", "safety", "distilled")),
+        *(f"{run}/{name}" for name in ("v1", "v2", "v3", "v4", "v5", "ppo")),
     ]
-    begun = [c[c.index("--init-from") + 1] for c in trained]
-    from_sft, from_v5 = "runs/a chat/sft", "runs/a chat/v5"
-    assert begun == ["llama-2-7b", *[from_sft] * 2, *["llama-2-7b"] * 6, from_v5]
+    begun = [after("--init-from", c) for c in trained]
+    assert begun == [base, *[f"{run}/sft"] * 2, *[base] * 6, f"{run}/v5"]
     assert all(c[-2:] == ["--train.batch-size", "32"] for c in trained)
     pools = [c for c in commands if c[:3] == ["llama-jax", "sample", "pool"]]
-    keeps = [c[c.index("--keep") + 1] for c in pools]
-    assert keeps == ["latest"] * 3 + ["all"] * 2
-    sampled = [c[3] for c in commands if c[:3] == ["llama-jax", "sample", "answers"]]
+    assert [after("--keep", c) for c in pools] == ["latest"] * 3 + ["all"] * 2
+    answers = [c for c in commands if c[:3] == ["llama-jax", "sample", "answers"]]
     newest = ("distilled", "v1", "v2", "v3", "v4")
-    assert sampled == [f"runs/a chat/{name}" for name in newest]
+    assert [c[3] for c in answers] == [f"{run}/{name}" for name in newest]
+    assert {after("--tensor", c) for c in answers} == {"8"}
     assert not any("small" in word for command in commands for word in command)
+
+
+def test_paths_with_spaces_stay_whole_and_mixtures_are_of_what_was_made():
+    made, mixed = set(), set()
+    for command in stages(*CHAT):
+        if command[:2] == ["llama-jax", "data"]:
+            assert after("--train", command).endswith(".jsonl")
+            made.add(after("--output", command))
+        if command[:2] == ["llama-jax", "train"]:
+            first = command.index("--data.paths") + 1
+            paths = list(itertools.takewhile(os.path.isabs, command[first:]))
+            if len(paths) > 1:
+                first = command.index("--data.weights") + 1
+                weights = list(itertools.takewhile(str.isdigit, command[first:]))
+                assert len(weights) == len(paths)
+            mixed.update(paths)
+    assert made == mixed
+    assert f"{Path.cwd()}/runs/a chat/rows/ghost" in mixed
 
 
 def test_the_options_of_every_stage_are_known(capsys):
@@ -160,32 +183,111 @@ def test_the_options_of_every_stage_are_known(capsys):
         assert "nrecognized" not in said.err and "equired" not in said.err
 
 
+def test_on_a_pod_models_work_on_every_host_and_answer_no_card():
+    commands = stages(*CHAT, "--pod", "pod", "--zone", "us-east5-a")
+    assert not any(c[:2] == ["llama-jax", "train"] for c in commands)
+    told = [shlex.split(c[-1]) for c in commands if "on_every_host" in c[0]]
+    assert {tuple(words[:4]) for words in told} == {
+        ("cd", "llama-jax", "&&", ".venv/bin/llama-jax")
+    }
+    assert [words[4] for words in told].count("train") == 10
+    assert after("--workdir", told[0]) == f"{Path.cwd()}/runs/a chat/sft"
+    cards = [c for c in commands if "scripts.card" in c]
+    assert len(cards) == 15 and not any("--prompts" in c for c in cards)
+
+
 def test_seeds_of_the_small_world_are_runs_of_their_own():
     commands = stages("--tiny", "--run", "runs/tiny", "--seeds", "2")
+    root = f"{Path.cwd()}/runs/tiny"
     (report,) = [c for c in commands if "scripts.chat_report" in c]
-    assert report[3:] == ["runs/tiny/seed-0", "runs/tiny/seed-1"]
+    assert report[3:] == [f"{root}/seed-0", f"{root}/seed-1", "--output", root]
     trained = [c for c in commands if c[:2] == ["llama-jax", "train"]]
     assert len(trained) == 2 * 12
     for seed in (0, 1):
-        own = [c for c in trained if f"runs/tiny/seed-{seed}/" in " ".join(c)]
+        own = [c for c in trained if f"{root}/seed-{seed}/" in " ".join(c)]
         assert len(own) == 12
-        assert all(c[c.index("--train.seed") + 1] == str(seed) for c in own)
+        assert all(after("--train.seed", c) == str(seed) for c in own)
 
 
 @pytest.mark.parametrize(
-    "words",
+    ("words", "problem"),
     [
-        ("--tiny", "--base", "llama-2-7b"),
-        ("--recipes", "configs/chat/llama2_7b.py", "--run", "runs/chat"),
-        (*CHAT, "--pod", "llama2-70b"),
-        ("--huge",),
+        (("--tiny", "--base", "llama-2-7b"), "makes its own models"),
+        ((*LLAMA, "--run", "runs/chat"), "scripts/chat.sh --recipes"),
+        ((*CHAT, "--pod", "llama2-70b"), "Give --pod and --zone"),
+        ((*CHAT, "--zone", "us-east5-a"), "Give --pod and --zone"),
+        ((*CHAT, "--seeds", "3"), "--seeds and --prompts are those of --tiny"),
+        (("--tiny", "--seeds", "0"), "0 is no count"),
+        (("--tiny", "--run", "gs://bucket/chat"), "is a bucket: mount it"),
+        (("--huge",), "There is no option --huge"),
     ],
-    ids=["tiny has a base", "no data", "no zone", "unknown"],
 )
-def test_what_the_chat_run_book_cannot_do_is_refused(words):
+def test_what_the_chat_run_book_cannot_do_is_refused(words, problem):
     done = run("chat.sh", *words)
     assert done.returncode == 2
+    assert problem in done.stderr
     assert "scripts/chat.sh --tiny" in done.stderr
+
+
+# Stands for llama-jax and python: says what it was told, and fails where it is to.
+TOLD = """#!/usr/bin/env bash
+[[ $1 != -c ]] || exit 0
+echo "$(basename "$0") $*" >>{folder}/log
+[[ $* != *{failing}* ]] || exit 3
+"""
+
+
+@pytest.fixture
+def told(tmp_path):
+    """Runs scripts/chat.sh with programs that only say what they were told."""
+
+    def start(failing: str, *words: str):
+        for program in ("llama-jax", "python"):
+            path = tmp_path / program
+            path.write_text(TOLD.format(folder=tmp_path, failing=failing))
+            path.chmod(0o755)
+        return run("chat.sh", *words, "--run", str(tmp_path / "chat"), path=tmp_path)
+
+    log = tmp_path / "log"
+    log.touch()
+    return start, lambda: log.read_text().splitlines()
+
+
+def test_the_book_stops_where_a_command_fails_and_goes_on_there(told, tmp_path):
+    start, log = told
+    words = (*LLAMA, "--data", str(tmp_path))
+    done = start("run-safety-fails", *words)
+    assert done.returncode != 0  # there are no rows to join, as nothing was made
+    before = len(log())
+    assert before > 5
+
+    for name in ("distilled", "ghost-last", "ghost-all"):
+        rows = tmp_path / f"chat/samples/{name}/rows-00000-of-00001.jsonl"
+        rows.parent.mkdir(parents=True)
+        rows.write_text("{}\n")
+    done = start("llama2_7b.py:ppo", *words)
+    assert done.returncode == 3
+    lines = log()
+    assert len(lines) == len(set(lines))  # nothing was done twice
+    assert "llama2_7b.py:ppo" in lines[-1]
+
+    assert start("nothing", *words).returncode == 0
+    assert log()[: len(lines) + 1] == [*lines, lines[-1]]
+    assert (tmp_path / "chat/samples/ghost.jsonl").read_text() == "{}\n{}\n"
+
+    done = start("nothing", *words, "--tensor", "4")
+    assert done.returncode == 1
+    assert "was done by another command" in done.stderr
+
+
+def test_two_books_do_not_write_to_one_place(told, tmp_path):
+    start, _ = told
+    (tmp_path / "chat").mkdir()
+    with (tmp_path / "chat/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = start("nothing", *LLAMA, "--data", str(tmp_path))
+    assert done.returncode == 1
+    assert "is being written to" in done.stderr
 
 
 # Stands for gcloud: two hosts, which end with the next of the statuses in a file each.
