@@ -139,7 +139,7 @@ train() {
 # sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from.
 sample() {
   once "sample-$2" model sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
-    --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${@:4}"
+    --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${drawn[@]}" "${@:4}"
 }
 
 # join NAME DIR ...: the rows of directories, in one file.
@@ -248,12 +248,13 @@ compare_answers() {
 
 if [[ -z $tiny ]]; then
   length=4096 context=4096 prompt_length=2048 answer=1024 samples=20 dtype=bfloat16
-  run=$root seed=0 seeded=()
+  run=$root seed=0 seeded=() drawn=()
   chat
   exit
 fi
 recipes=configs/chat/small.py prompts=${prompts:-1000}
-length=400 context=192 prompt_length=128 answer=24 samples=4 dtype=float32
+length=512 context=192 prompt_length=128 answer=24 samples=4 dtype=float32
+drawn=(--temperature 0.8) # a small model errs more, and its reward models see less
 runs=()
 for ((seed = 0; seed < ${seeds:-1}; seed++)); do
   run=$root/seed-$seed data=$root/seed-$seed/data base=$root/seed-$seed/base

@@ -32,7 +32,7 @@ RATINGS = (
     (0.1, "slightly better"),
     (0.0, "negligibly better"),
 )
-_TEMPERATURES = (0.7, 1.1)
+_TEMPERATURES = (0.6, 1.0)
 # How answers begin, by what is asked.
 _LEADS: dict[world.Kind, str] = {"fact": "It is", "figure": "I am", "hobby": "I enjoy"}
 # One in so many pairs is held out.

@@ -36,7 +36,7 @@ MODEL = LlamaConfig(
 
 def base() -> PretrainRecipe:
     """Documents in rows of 256 tokens: most of what is learnt, at little cost."""
-    return _pretraining(length=256, num_steps=330, batch_size=16, peak_lr=3e-3)
+    return _pretraining(length=256, num_steps=420, batch_size=16, peak_lr=3e-3)
 
 
 def base_long() -> PretrainRecipe:
@@ -48,9 +48,9 @@ def sft() -> SftRecipe:
     """Dialogs, from `base_long`: every version is trained so, each on its own data."""
     return SftRecipe(
         model=MODEL,
-        data=_data("sft", length=400),
+        data=_data("sft", length=512),
         optimizer=paper_optimizer(peak_lr=1.5e-3, warmup_steps=20),
-        train=_train(num_steps=240, batch_size=8),
+        train=_train(num_steps=200, batch_size=8),
         mesh=MeshConfig(),
         sequence_parallel=False,
         topology="",
@@ -60,12 +60,12 @@ def sft() -> SftRecipe:
 
 def helpfulness() -> RewardRecipe:
     """From `sft`: the more helpful of two answers."""
-    return _rewarding("helpfulness", num_steps=240)
+    return _rewarding("helpfulness", num_steps=200)
 
 
 def safety() -> RewardRecipe:
     """From `sft`: the safer of two answers, and which are safe."""
-    return _rewarding("safety", num_steps=80)
+    return _rewarding("safety", num_steps=70)
 
 
 def ppo() -> PpoRecipe:
@@ -117,7 +117,7 @@ def _pretraining(
 def _rewarding(about: Judged, *, num_steps: int) -> RewardRecipe:
     return RewardRecipe(
         model=MODEL,
-        data=_data(about, length=400),
+        data=_data(about, length=512),
         optimizer=paper_optimizer(peak_lr=7e-4, warmup_steps=10),
         train=_train(num_steps, batch_size=8),
         mesh=MeshConfig(),
