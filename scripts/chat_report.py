@@ -239,6 +239,7 @@ def draw(folder: Path, results: Sequence[Mapping[str, Measured]]) -> None:
         kept = over_runs(results, stage, "kept")
         right.plot(range(1, len(kept) + 1), kept, "o-", markersize=3, label=stage)
     right.set(xlabel="turn", ylabel="instructions kept", ylim=(0, 1.05))
+    right.set_xticks((1, 2, 4, 6, 10, 15, 20))
     right.legend()
     figure.savefig(folder / "stages.png", dpi=120)
 

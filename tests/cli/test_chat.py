@@ -26,6 +26,14 @@ def start(**options):
     return models.llm(config=models.LONG).start_chat(max_new_tokens=NUM_NEW, **options)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """Ctrl-C interrupts, whatever started the tests: a job of a shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def typed(monkeypatch):
     """A function that lets standard input be some text, or bytes."""
