@@ -74,7 +74,7 @@ def ppo() -> PpoRecipe:
         model=MODEL,
         data=DataConfig(paths=(f"{RUN}/rows/prompts",), sequence_length=128, seed=0),
         optimizer=dataclasses.replace(
-            paper_optimizer(peak_lr=2e-4, warmup_steps=0), final_lr_fraction=1.0
+            paper_optimizer(peak_lr=1e-4, warmup_steps=0), final_lr_fraction=1.0
         ),
         train=_train(num_steps=75, batch_size=32),
         mesh=MeshConfig(),
