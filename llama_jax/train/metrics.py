@@ -103,17 +103,8 @@ class Sink:
             recipe.model, recipe.data.sequence_length, recipe.head
         )
         self._peak = _peak_flops()
-        self._writes = jax.process_index() == 0
-        if self._writes:
-            workdir = epath.Path(workdir)
-            self._path = workdir / METRICS
-            kept = _records_up_to(self._path, start_step)
-            self._lines = [json.dumps(record) + "\n" for record in kept]
-            self._appends = "://" not in str(self._path)  # a bucket cannot
-            self._rewrite()
-            self._board = SummaryWriter(
-                str(workdir / TENSORBOARD), purge_step=start_step + 1
-            )
+        is_first = jax.process_index() == 0
+        self._files = _Files(epath.Path(workdir), start_step) if is_first else None
 
     def __enter__(self) -> Self:
         """The same."""
@@ -128,8 +119,8 @@ class Sink:
         """Write what is still held, unless the run has failed."""
         if kind is None:
             self.flush()
-        if self._writes:
-            self._board.close()
+        if self._files is not None:
+            self._files.close()
 
     def record(self, step: int, measured: Measured) -> None:
         """Take the measurements of a step; write those of the one before.
@@ -147,27 +138,15 @@ class Sink:
         if before is not None:
             self._write_step(*before)
         self._last_read = None
-        if self._writes and not self._appends:
-            self._rewrite()
+        if self._files is not None:
+            self._files.flush()
 
     def write(self, step: int, **values: Any) -> None:
         """Write any other values of a step."""
         record = {"step": step, **values}
-        if self._writes:
-            self._lines.append(json.dumps(record) + "\n")
-            if self._appends:
-                with self._path.open("a") as file:
-                    file.write(self._lines[-1])
-            for name, value in values.items():
-                if isinstance(value, int | float):
-                    self._board.add_scalar(name, value, step)
+        if self._files is not None:
+            self._files.write(record)
         self._watch(record)
-
-    def _rewrite(self) -> None:
-        """All lines at once, so that a kill leaves the old file or the new one."""
-        partial = self._path.parent / f".{METRICS}.partial"
-        partial.write_text("".join(self._lines))
-        partial.replace(self._path)
 
     def _write_step(self, step: int, measured: Measured) -> None:
         read: Measured = jax.device_get(measured)
@@ -203,6 +182,42 @@ class Sink:
                 "step, lower --optimizer.peak-lr, or go on past such steps with "
                 "--train.on-bad-step skip."
             )
+
+
+class _Files:
+    """`metrics.jsonl` and `tensorboard/`, without what was logged after a step."""
+
+    def __init__(self, workdir: epath.Path, start_step: int) -> None:
+        self._path = workdir / METRICS
+        kept = _records_up_to(self._path, start_step)
+        self._lines = [json.dumps(record) + "\n" for record in kept]
+        self._appends = "://" not in str(self._path)  # a bucket cannot
+        self._rewrite()
+        self._board = SummaryWriter(
+            str(workdir / TENSORBOARD), purge_step=start_step + 1
+        )
+
+    def write(self, record: Record) -> None:
+        self._lines.append(json.dumps(record) + "\n")
+        if self._appends:
+            with self._path.open("a") as file:
+                file.write(self._lines[-1])
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float):
+                self._board.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        if not self._appends:
+            self._rewrite()
+
+    def close(self) -> None:
+        self._board.close()
+
+    def _rewrite(self) -> None:
+        """All lines at once, so that a kill leaves the old file or the new one."""
+        partial = self._path.parent / f".{METRICS}.partial"
+        partial.write_text("".join(self._lines))
+        partial.replace(self._path)
 
 
 def _finite(value: Any) -> float | None:
