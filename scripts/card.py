@@ -1,28 +1,27 @@
 """A card of a stage of the chat recipe: what it is, how it went, what it writes.
 
-    python -m scripts.card DIR [--prompts FILE.jsonl]
+    python -m scripts.card DIR [--prompts FILE.jsonl
+        [--helpfulness DIR --safety DIR --reference CHECKPOINT]]
 
 DIR is the work directory of a run, or an iteration of rejection sampling. It gets
 `card.md`, of tables and samples, and `card.png`, a page of plots. Samples are answers
 of the run's model to the first of the prompts, a line {"messages": [...]} each; those
-of an iteration are the best and the worst of its own.
+of an iteration are the best and the worst of its own. With two reward models and a
+reference, a card says what answers are worth, and how far they are from the reference.
 """
 
 import argparse
 import dataclasses
 import io
-import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
 
-import llama_jax
 from llama_jax.checkpoint.manager import CHECKPOINTS, open_run, saved_recipe
 from llama_jax.checkpoint.params import is_remote, place
 from llama_jax.config.recipe import PpoRecipe, PretrainRecipe, RewardRecipe
@@ -33,8 +32,9 @@ from llama_jax.finetune.rejection import MANIFEST, Iteration, best_of, reward_cu
 from llama_jax.finetune.rollout import Rollout
 from llama_jax.model import num_params
 from llama_jax.train.metrics import METRICS, Record, read_metrics
-from scripts import card_plots, card_text
-from sharding import MeshConfig, ShardingError, make_mesh
+from scripts import card_answers, card_plots, card_text
+from scripts.card_answers import cut_mark
+from sharding import ShardingError
 
 TEXT, PICTURE = "card.md", "card.png"
 
@@ -42,10 +42,6 @@ TEXT, PICTURE = "card.md", "card.png"
 _LOSS_UNITS = {
     RewardRecipe.stage: "nats per pair",
     PpoRecipe.stage: "of the policy, per token",
-}
-_SAMPLERS = {
-    "Greedy": llama_jax.Greedy(),
-    "Temperature 1": llama_jax.TopP(1.0, temperature=1.0),
 }
 
 
@@ -70,9 +66,20 @@ def options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("--prompts", help="of samples, a .jsonl file")
     parser.add_argument("--num-samples", type=_count, default=6, help="prompts shown")
+    parser.add_argument("--helpfulness", help="the reward model of that name")
+    parser.add_argument("--safety", help="likewise")
+    parser.add_argument("--reference", help="a model to measure the divergence from")
+    parser.add_argument("--num-scored", type=_count, default=96, help="prompts scored")
     parser.add_argument("--max-new-tokens", type=_count, default=256)
     parser.add_argument("--tensor", type=_count, default=1, help="devices to answer on")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    scoring = (args.helpfulness, args.safety, args.reference)
+    if any(scoring) and not all((*scoring, args.prompts)):
+        parser.error(
+            "answers are scored with all of --prompts, --helpfulness, --safety and "
+            "--reference"
+        )
+    return args
 
 
 def _count(text: str) -> int:
@@ -229,31 +236,16 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
         sections["Prompts held out"] = card_text.held_out_table(passes)
     sections["Recipe"] = card_text.recipe_table(run.recipe)
     if args.prompts is not None:
-        sections["Samples"] = card_text.samples(answered(run, args))
+        prompts = list(PromptLines(args.prompts))
+        dtype = run.recipe["train"]["compute_dtype"]
+        model = card_answers.load(run.directory, args, dtype)
+        if args.reference is not None:
+            told = card_answers.scored(model, prompts[: args.num_scored], args)
+            sections["Answers"] = card_text.answers_table(told)
+        shown = card_answers.shown(model, prompts[: args.num_samples], args)
+        sections["Samples"] = card_text.samples(shown)
     plots = card_plots.of_run(records, loss_unit)
     return Card(f"{run.stage.capitalize()}: {run.directory}", sections, plots)
-
-
-def answered(run: Run, args: argparse.Namespace) -> list[card_text.Sample]:
-    """Prompts, each with an answer of every sampler."""
-    prompts = list(itertools.islice(PromptLines(args.prompts), args.num_samples))
-    devices = jax.devices()[: args.tensor]
-    llm = llama_jax.load(
-        run.directory,
-        dtype=run.recipe["train"]["compute_dtype"],
-        mesh=make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices),
-    )
-    shown = list[card_text.Sample]()
-    for prompt in prompts:
-        answers = dict[str, str]()
-        for name, sampler in _SAMPLERS.items():
-            answer = llm.chat(
-                prompt.messages, max_new_tokens=args.max_new_tokens, sampler=sampler
-            )
-            cut = _cut(answer.finish_reason == "stop")
-            answers[name + cut] = answer.text.strip()
-        shown.append((prompt.messages, answers))
-    return shown
 
 
 def iteration_card(iteration: Iteration, num_samples: int) -> Card:
@@ -301,12 +293,8 @@ def best_and_worst(rollout: Rollout) -> card_text.Sample:
             for kind, values in rollout.scores._asdict().items()
         )
         answer = rollout.answers[number]
-        answers[f"{name}: {scores}{_cut(answer.is_whole)}"] = answer.text
+        answers[f"{name}: {scores}{cut_mark(answer.is_whole)}"] = answer.text
     return rollout.prompt.messages, answers
-
-
-def _cut(is_whole: bool) -> str:
-    return "" if is_whole else " (cut)"
 
 
 if __name__ == "__main__":

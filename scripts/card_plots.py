@@ -30,7 +30,11 @@ _PPO = (
         "mean of σ(score)",
         {"helpfulness": "helpfulness", "safety": "safety"},
     ),
-    ("Divergence from the reference", "nats per answer", {"kl": "KL"}),
+    (
+        "Divergence from the reference",
+        "nats per answer",
+        {"kl": "training", "validation_kl": "held out"},
+    ),
     ("Length of answers", "tokens", {"answer_length": "length"}),
     ("Answers that were cut", "share of answers", {"cut": "cut"}),
     ("Clipped ratios", "share of tokens", {"clipped": "clipped"}),

@@ -18,7 +18,7 @@ from scripts.card_plots import series
 # A dialog that asks, and answers to it by what is said of them.
 Sample = tuple[Sequence[Message], Mapping[str, str]]
 
-# What PPO measures: what it is called here, and how it is written.
+# What PPO measures, and cards of others: its name here, and how it is written.
 _MEASURED = {
     "reward": ("reward, mean of Rc", "{:.4g}"),
     "helpfulness": ("helpfulness, mean of σ(score)", "{:.4g}"),
@@ -32,7 +32,7 @@ _MEASURED = {
     "read_seconds": ("seconds to read the answers", "{:.4g}"),
 }
 # Those of a pass over held-out prompts.
-_HELD_OUT = ("reward", "helpfulness", "safety", "answer_length", "cut")
+_HELD_OUT = ("reward", "helpfulness", "safety", "kl", "answer_length", "cut")
 # Answers to choose from, in the table of the reward curve; and as many as there are.
 _CURVE_SIZES = (1, 2, 3, 5, 10, 20, 50, 100)
 
@@ -97,6 +97,12 @@ def iterations_table(records: Sequence[Record]) -> str:
     ]
     (_, first), *_, (_, last) = 2 * series(records, "iteration")
     return table(("", f"iteration {first:,}", f"iteration {last:,}"), rows)
+
+
+def answers_table(told: Mapping[str, float]) -> str:
+    """What answers are worth on average, in PPO's measures."""
+    named = {name: _MEASURED[name] for name in told}
+    return facts({name: form.format(told[key]) for key, (name, form) in named.items()})
 
 
 def held_out_table(passes: Sequence[Record]) -> str:

@@ -94,6 +94,25 @@ def measured(run: Path, num_prompts: int, num_dialogs: int) -> dict[str, Measure
 def measure(llm: LLM, sft: LLM, num_prompts: int, num_dialogs: int) -> dict[str, Any]:
     """One model: rewards, violations, divergence from SFT, instructions kept, a map."""
     rng = random.Random(0)  # the same test for every model and seed
+    told = answers_worth(llm, sft, rng, num_prompts)
+    tokenizer = llm.tokenizer
+    assert tokenizer is not None
+    instructions, questions = world.consistency_test(rng, num_dialogs)
+    held = consistency(
+        llm, instructions, questions, world.keeps, max_new_tokens=_NEW_TOKENS
+    )
+    ids = encode_dialog(tokenizer, held.dialogs[0][:-1])
+    return {
+        **told,
+        "kept": held.accuracy.tolist(),
+        "map": attention_map(llm, ids, bin_size=8).tolist(),
+    }
+
+
+def answers_worth(
+    llm: LLM, reference: LLM, rng: random.Random, num_prompts: int
+) -> dict[str, float]:
+    """Of answers at temperature 1: rewards by the rule, violations, divergence."""
     prompts = list(world.prompts(rng, num_prompts, held_out=True))
     tokenizer = llm.tokenizer
     assert tokenizer is not None
@@ -113,7 +132,7 @@ def measure(llm: LLM, sft: LLM, num_prompts: int, num_dialogs: int) -> dict[str,
             + [tokenizer.eos_id] * (answer.finish_reason == "stop")
             for i, answer in zip(numbers, answers, strict=True)
         ]
-        ours, theirs = (score.token_logprobs(m.engine, rows) for m in (llm, sft))
+        ours, theirs = (score.token_logprobs(m.engine, rows) for m in (llm, reference))
         for i, answer, new, old in zip(numbers, answers, ours, theirs, strict=True):
             text = answer.text.strip()
             worth[i] = world.worth(prompts[i], text)
@@ -121,19 +140,12 @@ def measure(llm: LLM, sft: LLM, num_prompts: int, num_dialogs: int) -> dict[str,
             first = len(encoded[i]) - 1
             kl[i] = np.sum(new[first:]) - np.sum(old[first:])
 
-    instructions, questions = world.consistency_test(rng, num_dialogs)
-    held = consistency(
-        llm, instructions, questions, world.keeps, max_new_tokens=_NEW_TOKENS
-    )
-    ids = encode_dialog(tokenizer, held.dialogs[0][:-1])
     return {
         "reward": float(worth.mean()),
         "reward_error": float(worth.std() / np.sqrt(num_prompts)),
         **{kind: float(worth[i :: len(KINDS)].mean()) for i, kind in enumerate(KINDS)},
         "violations": float(told[KINDS.index("adversarial") :: len(KINDS)].mean()),
         "kl": float(kl.mean()),
-        "kept": held.accuracy.tolist(),
-        "map": attention_map(llm, ids, bin_size=8).tolist(),
     }
 
 

@@ -72,7 +72,8 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
             elif "validation_reward" in record:
                 console.print(
                     f"step {record['step']}: reward of held-out prompts "
-                    f"{record['validation_reward']:.4f}",
+                    f"{record['validation_reward']:.4f}, divergence "
+                    f"{record['validation_kl']:.2f} nats",
                     highlight=False,
                 )
             elif "time_shares" in record:

@@ -72,6 +72,10 @@ class PpoConfig:
       patience: the run ends once so many passes over held-out prompts, one after the
         other, have not beaten the best; None for never. The paper stops early by
         held-out prompts, and does not say by which rule (ours).
+      max_kl: how far answers to held-out prompts may be from the model that the policy
+        began as, in nats an answer, for a pass to count; None for any distance. Far
+        away reward models praise what people would not, on held-out prompts as well
+        (ours).
       decode_tensor: devices that share a copy of the weights while answers are written.
       decode_batch: prompts that are answered at a time, as memory allows.
 
@@ -95,6 +99,7 @@ class PpoConfig:
     decode_tensor: int
     decode_batch: int
     critic_lr: float | None = None
+    max_kl: float | None = None
 
     def __post_init__(self) -> None:
         def require(name: str, holds: bool, constraint: str) -> None:
@@ -117,6 +122,11 @@ class PpoConfig:
             require(name, 0 < getattr(self, name) < math.inf, "positive")
         for name in ("prompts", "max_new_tokens", "decode_tensor", "decode_batch"):
             require(name, getattr(self, name) > 0, "positive")
-        for name in ("critic_lr", "patience"):
+        for name in ("critic_lr", "patience", "max_kl"):
             value = getattr(self, name)
             require(name, value is None or value > 0, "positive, or None")
+        if self.max_kl is not None and self.patience is None:
+            raise ConfigError(
+                f"ppo.max_kl is {self.max_kl!r}, and no pass ends a run whose "
+                "ppo.patience is None: set both, or neither."
+            )

@@ -10,13 +10,13 @@ Shape suffixes: P prompts of an iteration, B rows of a step, T position, t = T -
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama
@@ -117,15 +117,9 @@ def gather(
     written = time.perf_counter()
     scores, told = score(reader, answers, batch.about_safety.tolist())
 
-    shape = len(prompts), recipe.data.sequence_length
-    tokens_PT, mask_PT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
-    for i, (row, start) in enumerate(zip(answers.rows, answers.starts, strict=True)):
-        tokens_PT[i, : len(row)] = row
-        mask_PT[i, start - 1 : len(row) - 1] = 1
+    tokens_PT, mask_PT = _laid_out(answers, len(prompts), recipe)
     parts = []
-    for start in range(0, len(prompts), recipe.train.batch_size):
-        rows = tokens_PT[start : start + recipe.train.batch_size]
-        tokens_BT = placed(rows, batch_sharding(reader.policy))
+    for tokens_BT in _by_step(reader, tokens_PT):
         logprobs = reader.logprobs(policy, reader.reference, tokens_BT)
         parts.append(
             (*hosts.in_turn(logprobs), hosts.in_turn(reader.values(critic, tokens_BT)))
@@ -143,12 +137,13 @@ def gather(
     }
 
 
-def held_out_reward(
+def held_out_pass(
     reader: Reader, policy: Tree, batches: Sequence[PromptBatch]
 ) -> dict[str, float] | None:
-    """What answers to prompts are worth on average; None if asked to stop meanwhile.
+    """What answers to prompts are worth on average, and how far from the reference.
 
-    Drawn as those that are learnt from, with the same luck each time.
+    Drawn as those that are learnt from, with the same luck each time. None if asked to
+    stop meanwhile.
     """
     prompts = [row for batch in batches for row in ids(batch)]
     about_safety = [
@@ -161,7 +156,43 @@ def held_out_reward(
     if answers is None:
         return None
     _, told = score(reader, answers, about_safety)
+    told["kl"] = _divergence(reader, policy, answers)
     return {f"validation_{name}": value for name, value in told.items()}
+
+
+def _divergence(reader: Reader, policy: Tree, answers: Answers) -> float:
+    """From the reference, nats an answer, as those of an iteration are measured."""
+    size, total = reader.recipe.train.batch_size, 0.0
+    whole_steps = -(-len(answers.rows) // size) * size
+    tokens_PT, mask_PT = _laid_out(answers, whole_steps, reader.recipe)
+    for step, tokens_BT in enumerate(_by_step(reader, tokens_PT)):
+        logprobs = reader.logprobs(policy, reader.reference, tokens_BT)
+        mask_Bt = mask_PT[step * size : (step + 1) * size, :-1]
+        # Every host has them whole, and sums them by itself.
+        read = (np.asarray(x) for x in (*hosts.in_turn(logprobs), mask_Bt))
+        total += float(jnp.sum(sampled_kl(*map(jnp.asarray, read))))
+    return total / len(answers.rows)
+
+
+def _laid_out(
+    answers: Answers, num_rows: int, recipe: PpoRecipe
+) -> tuple[Int[np.ndarray, "P T"], Float[np.ndarray, "P T"]]:
+    """Ids, and where an answer's tokens are predicted; further rows have no answer."""
+    shape = num_rows, recipe.data.sequence_length
+    tokens_PT, mask_PT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
+    for i, (row, start) in enumerate(zip(answers.rows, answers.starts, strict=True)):
+        tokens_PT[i, : len(row)] = row
+        mask_PT[i, start - 1 : len(row) - 1] = 1
+    return tokens_PT, mask_PT
+
+
+def _by_step(
+    reader: Reader, tokens_PT: Int[np.ndarray, "P T"]
+) -> Iterator[Int[Array, "B T"]]:
+    """As many rows at a time as a step has, laid out as for it."""
+    size = reader.recipe.train.batch_size
+    for start in range(0, len(tokens_PT), size):
+        yield placed(tokens_PT[start : start + size], batch_sharding(reader.policy))
 
 
 def answer(

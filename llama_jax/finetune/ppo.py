@@ -12,6 +12,7 @@ B rows of a step, T positions, P prompts of an iteration.
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,7 @@ from llama_jax.finetune.experience import (
     Reader,
     ValuesStep,
     gather,
-    held_out_reward,
+    held_out_pass,
     make_learnt,
     make_rows,
     make_values,
@@ -438,12 +439,12 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
 
     def validated() -> PpoState:
         with clock.measure("validate"):
-            told = held_out_reward(run.reader, state.policy.params, run.held_out)
+            told = held_out_pass(run.reader, state.policy.params, run.held_out)
         if told is None:
             return state
         run.sink.write(step, **told)
-        best = state.best.after(told["validation_reward"], step)
-        return dataclasses.replace(state, best=best)
+        reward = _counted(recipe, told["validation_reward"], told["validation_kl"])
+        return dataclasses.replace(state, best=state.best.after(reward, step))
 
     with jax.set_mesh(run.reader.policy.mesh), profiler(*run.profile) as profile:
         is_due = step % settings.validate_every == 0 or step == settings.num_steps
@@ -493,14 +494,7 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
         flush()
         run.sink.write(step, time_shares=clock.shares())
     if _is_over(recipe, state.best):
-        _log.warning(
-            "Stopped early at step %d: held-out prompts were rewarded best, with %.4f, "
-            "after step %d, and %d passes since have not beaten it.",
-            step,
-            state.best.reward,
-            state.best.step,
-            state.best.num_worse,
-        )
+        _log.warning("Stopped early at step %d: %s.", step, state.best)
         return True
     return step >= settings.num_steps
 
@@ -511,6 +505,21 @@ def _gathered(
     batch = next(run.prompts)
     assert isinstance(batch, PromptBatch)
     return gather(run.reader, state.policy.params, state.critic.params, batch, position)
+
+
+def _counted(recipe: PpoRecipe, reward: float, kl: float) -> float:
+    """What a pass over held-out prompts counts for: nothing, too far away."""
+    max_kl = recipe.ppo.max_kl
+    if max_kl is None or kl <= max_kl:
+        return reward
+    _log.warning(
+        "Answers to held-out prompts are %.2f nats from the reference, beyond "
+        "ppo.max_kl %g: their reward of %.4f does not count.",
+        kl,
+        max_kl,
+        reward,
+    )
+    return -math.inf
 
 
 def _is_over(recipe: PpoRecipe, best: Best) -> bool:

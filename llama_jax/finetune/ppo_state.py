@@ -27,7 +27,7 @@ class Best(NamedTuple):
     """The best pass over the held-out prompts.
 
     Attributes:
-      reward: the mean of it.
+      reward: the mean of it; -inf before there is one that counts.
       step: after which it was.
       seen: the step of the last pass.
       num_worse: passes since the best.
@@ -43,6 +43,18 @@ class Best(NamedTuple):
         if np.float32(reward) > self.reward:
             return Best(np.float32(reward), step, step)
         return self._replace(seen=step, num_worse=self.num_worse + 1)
+
+    def __str__(self) -> str:
+        """For people, once a run ends early."""
+        if not self.step:
+            return (
+                f"none of {self.num_worse} passes over held-out prompts was within "
+                "ppo.max_kl, so what the run began with is the best"
+            )
+        return (
+            f"held-out prompts were rewarded best, with {self.reward:.4f}, after step "
+            f"{self.step}, and {self.num_worse} passes since have not beaten it"
+        )
 
 
 @dataclasses.dataclass(frozen=True)

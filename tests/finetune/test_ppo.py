@@ -19,6 +19,7 @@ from llama_jax.checkpoint.params import save_params
 from llama_jax.cli import main
 from llama_jax.config.recipe import PpoRecipe, load_recipe
 from llama_jax.data import Experience
+from llama_jax.data.pipeline import ValidationData
 from llama_jax.errors import (
     CheckpointError,
     ConfigError,
@@ -30,6 +31,7 @@ from llama_jax.finetune.experience import make_learnt
 from llama_jax.finetune.ppo import PolicyObjective, ValueObjective
 from llama_jax.finetune.ppo_state import Best
 from llama_jax.finetune.rollout import Judge, Scores, make_logprobs
+from llama_jax.generate import score
 from llama_jax.model.heads import MODELS
 from llama_jax.train.metrics import METRICS, read_metrics
 from sharding import MeshConfig, ShardingError, make_mesh, training_rules
@@ -414,6 +416,69 @@ def test_it_stops_early(recipe, untrained, tmp_path, monkeypatch, caplog):
     assert len(told(tmp_path, "loss")) == 6
 
 
+def test_far_from_the_reference_no_reward_counts(
+    longer, untrained, tmp_path, monkeypatch, caplog
+):
+    """However well held-out prompts are rewarded, as where reward models err."""
+    monkeypatch.setattr(Judge, "scores", by_rule)
+    free = runs.changed(longer, "train", validate_every=4, checkpoint_every=4)
+    free = runs.changed(free, "train", keep_latest=4)
+    free = runs.changed(free, "ppo", patience=2)
+    assert ppo.ppo(free, tmp_path / "free", init_from=untrained)
+    kl, rewards = (
+        told(tmp_path / "free", f"validation_{name}") for name in ("kl", "reward")
+    )
+    assert rewards[:3] == sorted(rewards[:3]) and kl[:3] == sorted(kl[:3])
+    assert "Stopped" not in caplog.text and len(kl) > 3
+
+    held = runs.changed(free, "ppo", max_kl=float(np.mean(kl[:2])))
+    assert ppo.ppo(held, tmp_path / "held", init_from=untrained)
+    assert told(tmp_path / "held", "validation_kl") == kl[:3]
+    assert "Stopped early at step 12" in caplog.text
+    assert f"best, with {rewards[0]:.4f}, after step 4" in caplog.text
+    assert f"{kl[2]:.2f} nats from the reference, beyond ppo.max_kl" in caplog.text
+    assert ppo.ppo(held, tmp_path / "held")  # and is at its end
+
+
+def test_the_divergence_of_held_out_answers(whole, recipe, questions, untrained):
+    """It is that of each answer, told by generation's own programs."""
+    policy, reference = llama_jax.load(whole), llama_jax.load(untrained)
+    asked = [
+        row[:length].tolist()
+        for batch in ValidationData(recipe.data, batch_size=recipe.ppo.decode_batch)
+        for row, length in zip(batch.tokens, batch.lengths, strict=True)
+        if length
+    ]
+    assert len(asked) % recipe.train.batch_size  # the last step has fewer
+    last = -(recipe.train.seed << 32)
+    answers = policy.generate(
+        asked,
+        max_new_tokens=MAX_NEW_TOKENS,
+        sampler=llama_jax.TopP(1.0, temperature=1.0),
+        seed=list(range(last - len(asked), last)),
+    )
+    rows = [
+        [
+            *ids,
+            *answer.tokens,
+            *[policy.tokenizer.eos_id] * (answer.finish_reason == "stop"),
+        ]
+        for ids, answer in zip(asked, answers, strict=True)
+    ]
+    ours, theirs = (
+        [
+            sum(logprobs[len(ids) - 1 :])
+            for ids, logprobs in zip(
+                asked, score.token_logprobs(model.engine, rows), strict=True
+            )
+        ]
+        for model in (policy, reference)
+    )
+    expected = np.mean(np.subtract(ours, theirs))
+    assert expected > 1e-3
+    assert told(whole, "validation_kl")[-1] == pytest.approx(expected, rel=1e-3)
+
+
 def test_the_commands(recipe, questions, tokenizer, untrained, tmp_path, capsys):
     files = [
         write(tmp_path / f"{name}.jsonl", prompts(num, seed=num))
@@ -456,6 +521,11 @@ def test_the_best_pass():
     best = Best().after(0.5, 4).after(0.4, 8).after(0.5, 12)
     assert best == Best(np.float32(0.5), step=4, seen=12, num_worse=2)
     assert best.after(0.6, 16) == Best(np.float32(0.6), step=16, seen=16)
+    assert str(best).endswith(
+        "0.5000, after step 4, and 2 passes since have not beaten it"
+    )
+    none = Best().after(-np.inf, 4).after(-np.inf, 8)
+    assert str(none).startswith("none of 2 passes over held-out prompts was within")
 
 
 def test_the_papers_numbers():
@@ -585,6 +655,8 @@ class TestErrors:
                 "ppo.temperature is 0.0: it must be positive",
             ),
             ("ppo", {"critic_lr": 0.0}, "ppo.critic_lr is 0.0"),
+            ("ppo", {"patience": 1, "max_kl": -1.0}, "ppo.max_kl is -1.0: it must be"),
+            ("ppo", {"max_kl": 1.0}, "no pass ends a run whose ppo.patience is None"),
             ("ppo", {"safety": ""}, "ppo.safety is '': it must be the work directory"),
         ],
         ids=lambda x: str(x)[:24],

@@ -59,19 +59,21 @@ REPORT = {
 }
 
 
-def measured(reward, **others):
+def measured(reward, kl):
     """What PPO tells of answers."""
     told = {"helpfulness": 0.61, "safety": 0.71, "answer_length": 11.5, "cut": 0.125}
-    return {"reward": reward, **told, **others}
+    return {"reward": reward, "kl": kl, **told}
 
 
 def held_out(reward):
-    return {f"validation_{name}": value for name, value in measured(reward).items()}
+    return {
+        f"validation_{name}": value for name, value in measured(reward, 0.75).items()
+    }
 
 
 def iteration(number, reward, kl):
     seconds = {"answer_seconds": 12.5, "reshard_seconds": 1.5, "read_seconds": 3.25}
-    return {"iteration": number, **measured(reward), "kl": kl, **seconds}
+    return {"iteration": number, **measured(reward, kl), **seconds}
 
 
 @pytest.fixture
@@ -258,8 +260,8 @@ def test_ppo(run):
         ["of these, to copy the policy", "1.5", "1.5"],
         ["seconds to read the answers", "3.25", "3.25"],
     ]
-    assert ["2", "0.375", "0.61", "0.71", "11.5", "12.5%"] in rows
-    assert ["4", "0.3125", "0.61", "0.71", "11.5", "12.5%"] in rows
+    assert ["2", "0.375", "0.61", "0.71", "0.75", "11.5", "12.5%"] in rows
+    assert ["4", "0.3125", "0.61", "0.71", "0.75", "11.5", "12.5%"] in rows
     assert "The best reward was 0.375 (step 2)." in (workdir / "card.md").read_text()
     (ppo,) = (row for row in rows if row[0] == "ppo")
     assert "helpfulness='h|1'" in ppo[1]
