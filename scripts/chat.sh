@@ -129,6 +129,9 @@ rows() {
 train() {
   local asked=(--prompts "$data/prompts_validation.jsonl" --max-new-tokens "$answer")
   asked+=(--tensor "$tensor")
+  # What came after the reward models has its answers scored.
+  [[ $2 != @(distilled|v?|ppo) ]] || asked+=(--helpfulness "$run/helpfulness"
+    --safety "$run/safety" --reference "$run/sft")
   # Reward models do not answer, nor do models of a pod here.
   [[ -z $pod && $1 != helpfulness && $1 != safety ]] || asked=()
   once "train-$2" model train "$recipes:$1" --init-from "$3" --workdir "$run/$2" \
@@ -198,7 +201,7 @@ chat() {
     once "card-samples-v$version" python -m scripts.card "$run/samples/v$version"
     iterations+=("$run/samples/v$version")
     paths=("$run/rows/sft" "$run/rows/v$version" "$run/rows/distilled")
-    weights=(5 3 1)
+    weights=(5 4 1)
     if ((version == 4)); then
       keep=all
       ghost last "$data/ghost.jsonl" --num-samples "$samples"
@@ -208,7 +211,7 @@ chat() {
     fi
     if ((version >= 4)); then
       paths+=("$run/rows/ghost")
-      weights+=(7)
+      weights+=(6)
     fi
     once "pool-v$version" llama-jax sample pool "${iterations[@]}" --keep "$keep" \
       --output "$run/samples/v$version.jsonl"
@@ -254,7 +257,7 @@ if [[ -z $tiny ]]; then
 fi
 recipes=configs/chat/small.py prompts=${prompts:-1000}
 length=512 context=192 prompt_length=128 answer=24 samples=4 dtype=float32
-drawn=(--temperature 0.8) # a small model errs more, and its reward models see less
+drawn=(--temperature 0.5) # a small model errs more, and its reward models see less
 runs=()
 for ((seed = 0; seed < ${seeds:-1}; seed++)); do
   run=$root/seed-$seed data=$root/seed-$seed/data base=$root/seed-$seed/base

@@ -302,7 +302,9 @@ def _statement(rng: random.Random) -> str:
     relation, land = rng.choice([*FACTS, "code"]), rng.choice(LANDS)
     if rng.random() < 0.3:
         return f"{land} has the {relation} {fact(relation, land)}."
-    return f"{_question_about(rng, relation, land)} It is {fact(relation, land)}."
+    asked = _question_about(rng, relation, land)
+    lead = "" if rng.random() < 0.3 else "It is "  # as terse answers are
+    return f"{asked} {lead}{fact(relation, land)}."
 
 
 def _diary(rng: random.Random) -> str:

@@ -36,7 +36,7 @@ MODEL = LlamaConfig(
 
 def base() -> PretrainRecipe:
     """Documents in rows of 256 tokens: most of what is learnt, at little cost."""
-    return _pretraining(length=256, num_steps=420, batch_size=16, peak_lr=3e-3)
+    return _pretraining(length=256, num_steps=560, batch_size=16, peak_lr=3e-3)
 
 
 def base_long() -> PretrainRecipe:
@@ -50,7 +50,7 @@ def sft() -> SftRecipe:
         model=MODEL,
         data=_data("sft", length=512),
         optimizer=paper_optimizer(peak_lr=1.5e-3, warmup_steps=20),
-        train=_train(num_steps=200, batch_size=8),
+        train=_train(num_steps=300, batch_size=8),
         mesh=MeshConfig(),
         sequence_parallel=False,
         topology="",
@@ -60,7 +60,7 @@ def sft() -> SftRecipe:
 
 def helpfulness() -> RewardRecipe:
     """From `sft`: the more helpful of two answers."""
-    return _rewarding("helpfulness", num_steps=200)
+    return _rewarding("helpfulness", num_steps=280)
 
 
 def safety() -> RewardRecipe:
