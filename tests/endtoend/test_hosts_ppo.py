@@ -47,7 +47,14 @@ def test_two_hosts_learn_as_one(tmp_path, monkeypatch):
         assert job.ends() == [0, 0], job.everything()
     assert ppo(recipe(tmp_path), tmp_path / "one", init_from=tmp_path / "base")
 
-    for name in ("reward", "kl", "loss", "value_loss", "validation_reward"):
+    for name in (
+        "reward",
+        "kl",
+        "loss",
+        "value_loss",
+        "validation_reward",
+        "validation_kl",
+    ):
         alone, together = (told(tmp_path / hosts, name) for hosts in ("one", "two"))
         assert alone and together == pytest.approx(alone, abs=tolerances.ORDER_LOSS)
     before, after = (runs.saved(tmp_path / hosts, 8) for hosts in ("one", "two"))
