@@ -13,6 +13,7 @@ reference, a card says what answers are worth, and how far they are from the ref
 import argparse
 import dataclasses
 import io
+import itertools
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -233,15 +234,20 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
     if any("iteration" in record for record in records):
         sections["Iterations"] = card_text.iterations_table(records)
     if passes := [record for record in records if "validation_reward" in record]:
-        sections["Prompts held out"] = card_text.held_out_table(passes)
+        max_kl = run.recipe["ppo"].get("max_kl")
+        sections["Prompts held out"] = card_text.held_out_table(passes, max_kl)
     sections["Recipe"] = card_text.recipe_table(run.recipe)
     if args.prompts is not None:
-        prompts = list(PromptLines(args.prompts))
+        num_read = max(args.num_samples, args.num_scored)
+        prompts = list(itertools.islice(PromptLines(args.prompts), num_read))
         dtype = run.recipe["train"]["compute_dtype"]
         model = card_answers.load(run.directory, args, dtype)
         if args.reference is not None:
-            told = card_answers.scored(model, prompts[: args.num_scored], args)
-            sections["Answers"] = card_text.answers_table(told)
+            asked = prompts[: args.num_scored]
+            told = card_answers.scored(model, asked, args)
+            sections["Answers"] = card_text.answers_table(
+                told, num_prompts=len(asked), reference=args.reference
+            )
         shown = card_answers.shown(model, prompts[: args.num_samples], args)
         sections["Samples"] = card_text.samples(shown)
     plots = card_plots.of_run(records, loss_unit)

@@ -10,15 +10,23 @@ from jaxtyping import Float
 
 import llama_jax
 from llama_jax.data import Prompt
-from llama_jax.finetune.rollout import THRESHOLD, Rollout, load_judge, roll_out
+from llama_jax.errors import DataError
+from llama_jax.finetune.rollout import (
+    THRESHOLD,
+    Rollout,
+    encode_prompts,
+    load_judge,
+    roll_out,
+)
 from llama_jax.generate import Generator
 from llama_jax.generate.score import token_logprobs
 from llama_jax.llm import LLM
 from scripts.card_text import Sample
 from sharding import MeshConfig, make_mesh
 
-# Prompts that are answered at a time, to be scored.
-_BATCH = 32
+# Prompts that are answered and scored at a time. `llama-jax sample answers` has 32, and
+# one model less.
+_BATCH = 8
 _DRAWN = llama_jax.TopP(1.0, temperature=1.0)
 _SAMPLERS = {"Greedy": llama_jax.Greedy(), "Temperature 1": _DRAWN}
 
@@ -57,10 +65,15 @@ def scored(
 ) -> dict[str, float]:
     """The mean over prompts of what PPO measures of its answers, one to each.
 
+    Policy, reference and both reward models are on the devices of the card together.
+
     Raises:
-      LlamaError: what `--helpfulness` or `--safety` names is no reward model that reads
-        the answers, or `--reference` no model.
+      DataError: there are no prompts, or the reward models do not read rows so long.
+      LlamaError: what `--helpfulness` or `--safety` names is no reward model of these
+        tokens, or `--reference` no model; a prompt leaves no room for an answer.
     """
+    if not prompts:
+        raise DataError("there are no prompts to score answers to: give some.")
     sharded = llm.engine.sharded
     dtype = str(sharded.model.dtype)
     judge = load_judge(
@@ -72,6 +85,8 @@ def scored(
     )
     reference = load(args.reference, args, dtype)
     generator = Generator(llm.engine, llm.tokenizer)
+    # All of them first, so that an error names the prompt by its place among all.
+    encode_prompts(generator, judge, prompts, max_new_tokens=args.max_new_tokens)
     told = list[Mapping[str, float]]()
     for start in range(0, len(prompts), _BATCH):
         part = prompts[start : start + _BATCH]

@@ -99,22 +99,36 @@ def iterations_table(records: Sequence[Record]) -> str:
     return table(("", f"iteration {first:,}", f"iteration {last:,}"), rows)
 
 
-def answers_table(told: Mapping[str, float]) -> str:
+def answers_table(
+    told: Mapping[str, float], *, num_prompts: int, reference: object
+) -> str:
     """What answers are worth on average, in PPO's measures."""
     named = {name: _MEASURED[name] for name in told}
-    return facts({name: form.format(told[key]) for key, (name, form) in named.items()})
+    measured = {label: form.format(told[key]) for key, (label, form) in named.items()}
+    asked = {"prompts": f"{num_prompts:,}", "temperature": "1", "reference": reference}
+    return facts({**asked, **measured})
 
 
-def held_out_table(passes: Sequence[Record]) -> str:
-    """Every pass of PPO over the held-out prompts, and which was the best."""
+def held_out_table(passes: Sequence[Record], max_kl: float | None) -> str:
+    """Every pass of PPO over the held-out prompts, and the best within `max_kl`."""
     labels, forms = zip(*(_MEASURED[name] for name in _HELD_OUT), strict=True)
     rows = list[Sequence[object]]()
     for record in passes:
-        values = (record[f"validation_{name}"] for name in _HELD_OUT)
-        told = [form.format(v) for form, v in zip(forms, values, strict=True)]
+        values = (record.get(f"validation_{name}") for name in _HELD_OUT)
+        told = [
+            "" if value is None else form.format(value)
+            for form, value in zip(forms, values, strict=True)
+        ]
         rows.append((f"{record['step']:,}", *told))
-    best = _at(max(series(passes, "validation_reward"), key=_value))
-    return f"{table(('step', *labels), rows)}\n\nThe best reward was {best}."
+    near, within = passes, ""
+    if max_kl is not None:
+        near = [r for r in passes if r.get("validation_kl", 0.0) <= max_kl]
+        within = f" within {max_kl:g} nats of the reference"
+    best = f"No pass was{within}."
+    if near:
+        reward = _at(max(series(near, "validation_reward"), key=_value))
+        best = f"The best reward{within} was {reward}."
+    return f"{table(('step', *labels), rows)}\n\n{best}"
 
 
 def curve_table(curve: RewardCurve) -> str:

@@ -30,8 +30,8 @@ from scripts.chat_report import answers_worth
 
 # Five iterations; a checkpoint for each pass over held-out prompts.
 _STEPS_OF_A_PASS = 15
-# What each learns with. The early stop: after passes that are no better, of which those
-# that are half a nat away do not count at all.
+# What each learns with. The early stop comes after passes that are no better; beyond
+# half a nat none is.
 VARIANTS: dict[str, dict[str, Any]] = {
     "held": {},
     "free": {"beta": 0.0},
@@ -71,7 +71,7 @@ def recipe(run: Path, **options: Any) -> PpoRecipe:
             num_steps=3 * like.train.num_steps,
             validate_every=_STEPS_OF_A_PASS,
             checkpoint_every=_STEPS_OF_A_PASS,
-            keep_latest=like.train.num_steps,
+            keep_latest=3 * like.train.num_steps // _STEPS_OF_A_PASS + 1,
         ),
         ppo=dataclasses.replace(
             like.ppo,

@@ -73,9 +73,9 @@ class PpoConfig:
         other, have not beaten the best; None for never. The paper stops early by
         held-out prompts, and does not say by which rule (ours).
       max_kl: how far answers to held-out prompts may be from the model that the policy
-        began as, in nats an answer, for a pass to count; None for any distance. Far
-        away reward models praise what people would not, on held-out prompts as well
-        (ours).
+        began as, in nats an answer; None for any distance. A pass that is farther is
+        never the best, and one of those that have not beaten it: far away reward
+        models praise what people would not, on held-out prompts as well (ours).
       decode_tensor: devices that share a copy of the weights while answers are written.
       decode_batch: prompts that are answered at a time, as memory allows.
 

@@ -142,8 +142,16 @@ def held_out_pass(
 ) -> dict[str, float] | None:
     """What answers to prompts are worth on average, and how far from the reference.
 
-    Drawn as those that are learnt from, with the same luck each time. None if asked to
-    stop meanwhile.
+    Drawn as those that are learnt from, with the same luck each time.
+
+    Args:
+      reader: reads the answers.
+      policy: its parameters.
+      batches: all held-out prompts.
+
+    Returns:
+      What `score` tells and "kl", nats an answer, each name after "validation_". None
+      if asked to stop meanwhile.
     """
     prompts = [row for batch in batches for row in ids(batch)]
     about_safety = [
@@ -167,17 +175,21 @@ def _divergence(reader: Reader, policy: Tree, answers: Answers) -> float:
     tokens_PT, mask_PT = _laid_out(answers, whole_steps, reader.recipe)
     for step, tokens_BT in enumerate(_by_step(reader, tokens_PT)):
         logprobs = reader.logprobs(policy, reader.reference, tokens_BT)
-        mask_Bt = mask_PT[step * size : (step + 1) * size, :-1]
         # Every host has them whole, and sums them by itself.
-        read = (np.asarray(x) for x in (*hosts.in_turn(logprobs), mask_Bt))
-        total += float(jnp.sum(sampled_kl(*map(jnp.asarray, read))))
+        ours_Bt, theirs_Bt = map(np.asarray, hosts.in_turn(logprobs))
+        is_drawn_Bt = mask_PT[step * size : (step + 1) * size, :-1] > 0
+        gaps_Bt = np.where(is_drawn_Bt, ours_Bt - theirs_Bt, 0)
+        total += float(gaps_Bt.sum(dtype=np.float64))
     return total / len(answers.rows)
 
 
 def _laid_out(
     answers: Answers, num_rows: int, recipe: PpoRecipe
 ) -> tuple[Int[np.ndarray, "P T"], Float[np.ndarray, "P T"]]:
-    """Ids, and where an answer's tokens are predicted; further rows have no answer."""
+    """Ids, and where an answer's tokens are predicted; further rows have no answer.
+
+    `num_rows` is at least that of the answers, and steps divide it, see `_by_step`.
+    """
     shape = num_rows, recipe.data.sequence_length
     tokens_PT, mask_PT = np.zeros(shape, np.int32), np.zeros(shape, np.float32)
     for i, (row, start) in enumerate(zip(answers.rows, answers.starts, strict=True)):

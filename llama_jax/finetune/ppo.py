@@ -496,6 +496,8 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
     if _is_over(recipe, state.best):
         _log.warning("Stopped early at step %d: %s.", step, state.best)
         return True
+    if step >= settings.num_steps and recipe.ppo.patience is not None:
+        _log.info("At the last step, %d: %s.", step, state.best)
     return step >= settings.num_steps
 
 
@@ -508,13 +510,13 @@ def _gathered(
 
 
 def _counted(recipe: PpoRecipe, reward: float, kl: float) -> float:
-    """What a pass over held-out prompts counts for: nothing, too far away."""
+    """The reward of a pass over held-out prompts; -inf beyond `PpoConfig.max_kl`."""
     max_kl = recipe.ppo.max_kl
     if max_kl is None or kl <= max_kl:
         return reward
     _log.warning(
         "Answers to held-out prompts are %.2f nats from the reference, beyond "
-        "ppo.max_kl %g: their reward of %.4f does not count.",
+        "ppo.max_kl %g: with their reward of %.4f they are not the best.",
         kl,
         max_kl,
         reward,

@@ -119,7 +119,7 @@ def began_as(
 
 
 def plan_of(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
-    """Which models a run has, told by their parameters, and its sizes."""
+    """Which models a run has, told by their parameters; its sizes, and its bound."""
     mesh = judge.safety.sharded.mesh
     return {
         "reference": checksum(reference, mesh),
@@ -130,6 +130,7 @@ def plan_of(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
         "batch_size": recipe.train.batch_size,
         "sequence_length": recipe.data.sequence_length,
         "compute_dtype": recipe.train.compute_dtype,
+        "max_kl": recipe.ppo.max_kl,  # else the best so far may be beyond another one
     }
 
 
@@ -160,8 +161,8 @@ def require_plan(path: epath.Path, plan: Mapping[str, Any], *, resumed: bool) ->
         if changes:
             raise CheckpointError(
                 f"{path.parent} holds a run that began otherwise: "
-                f"{'; '.join(changes)}. Go on with the models and sizes that it began "
-                "with, or use another --workdir."
+                f"{'; '.join(changes)}. Go on with what it began with, or use another "
+                "--workdir."
             )
     if jax.process_index() != 0 or before == plan:
         return

@@ -12,6 +12,7 @@ from etils import epath
 from rich.markdown import Markdown
 
 from llama_jax.checkpoint.manager import RunCheckpoints
+from llama_jax.checkpoint.params import save_params
 from llama_jax.data import Prompt
 from llama_jax.finetune import rejection
 from llama_jax.finetune.rollout import Answer, Rollout, Scores
@@ -277,6 +278,27 @@ def test_ppo(run):
     ]
 
 
+@pytest.mark.parametrize(
+    "max_kl, said",
+    [
+        (None, "The best reward was 0.75 (step 3)."),
+        (1.0, "The best reward within 1 nats of the reference was 0.375 (step 2)."),
+        (0.5, "No pass was within 0.5 nats of the reference."),
+    ],
+)
+def test_the_best_reward_is_one_within_the_bound(max_kl, said):
+    far = {**held_out(0.75), "validation_kl": 100.0}
+    passes = [{"step": 2, **held_out(0.375)}, {"step": 3, **far}]
+    assert card_text.held_out_table(passes, max_kl).endswith(f"\n\n{said}")
+
+
+def test_a_pass_from_before_divergence_was_measured():
+    old = {"step": 2, **held_out(0.375)}
+    del old["validation_kl"]
+    row = "| 2 | 0.375 | 0.61 | 0.71 |  | 11.5 | 12.5% |"
+    assert row in card_text.held_out_table([old], None).splitlines()
+
+
 def test_a_run_of_ppo_that_has_one_iteration(run):
     recipe = runs.ppo_recipe("data", 48, helpfulness="h", safety="s")
     rows = written(run(recipe, [{"step": 1, **iteration(1, 0.25, 0.0)}, *STEPS]))
@@ -435,7 +457,19 @@ def test_a_real_run_and_what_it_writes(tmp_path):
     asked = prompts(3)
     file = write(tmp_path / "prompts.jsonl", asked)
     options = ["--prompts", str(file), "--num-samples", "2", "--max-new-tokens", "4"]
+    rng = np.random.default_rng(0)
+    for name in ("helpfulness", "safety"):
+        params = jax.tree.map(
+            lambda leaf: rng.normal(scale=0.15, size=leaf.shape).astype(np.float32),
+            abstract_params(recipe.model, "scalar"),
+        )
+        save_params(tmp_path / name, params, recipe.model, tokenizer)
+        options += [f"--{name}", str(tmp_path / name)]
+    options += ["--reference", str(workdir), "--num-scored", "3"]
     rows = written(workdir, *options, "--tensor", "2")
+    assert ["prompts", "3"] in rows and ["reference", str(workdir)] in rows
+    assert ["KL from the reference, nats per answer", "0"] in rows
+    assert any(row[0] == "reward, mean of Rc" for row in rows)
     losses = [r["loss"] for r in read_metrics(workdir / "metrics.jsonl") if "loss" in r]
     assert ["first loss, nats per token", f"{losses[0]:.4g} (step 1)"] in rows
     assert ["last loss", f"{losses[1]:.4g} (step 2)"] in rows

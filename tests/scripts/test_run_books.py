@@ -196,6 +196,21 @@ def test_on_a_pod_models_work_on_every_host_and_answer_no_card():
     assert len(cards) == 15 and not any("--prompts" in c for c in cards)
 
 
+def test_what_came_after_the_reward_models_has_its_answers_scored():
+    cards = [c for c in stages(*CHAT) if "scripts.card" in c]
+    scored = [c for c in cards if "--reference" in c]
+    names = ["distilled", "v1", "v2", "v3", "v4", "v5", "ppo"]
+    root = f"{Path.cwd()}/runs/a chat"
+    assert [c[3] for c in scored] == [f"{root}/{name}" for name in names]
+    for card in scored:
+        assert after("--reference", card) == f"{root}/sft"
+        for model in ("helpfulness", "safety"):
+            assert after(f"--{model}", card) == f"{root}/{model}"
+    assert [c[3] for c in cards if "--prompts" in c] == [
+        f"{root}/{name}" for name in ("sft", *names)
+    ]
+
+
 def test_seeds_of_the_small_world_are_runs_of_their_own():
     commands = stages("--tiny", "--run", "runs/tiny", "--seeds", "2")
     root = f"{Path.cwd()}/runs/tiny"
