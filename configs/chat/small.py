@@ -41,7 +41,7 @@ def base() -> PretrainRecipe:
 
 def base_long() -> PretrainRecipe:
     """Goes on from `base` in rows of 512: as long as dialogs of twenty turns."""
-    return _pretraining(length=512, num_steps=60, batch_size=8, peak_lr=1e-3)
+    return _pretraining(length=512, num_steps=120, batch_size=8, peak_lr=1e-3)
 
 
 def sft() -> SftRecipe:
@@ -50,7 +50,7 @@ def sft() -> SftRecipe:
         model=MODEL,
         data=_data("sft", length=512),
         optimizer=paper_optimizer(peak_lr=1.5e-3, warmup_steps=20),
-        train=_train(num_steps=300, batch_size=8),
+        train=_train(num_steps=400, batch_size=8),
         mesh=MeshConfig(),
         sequence_parallel=False,
         topology="",
@@ -60,7 +60,7 @@ def sft() -> SftRecipe:
 
 def helpfulness() -> RewardRecipe:
     """From `sft`: the more helpful of two answers."""
-    return _rewarding("helpfulness", num_steps=280)
+    return _rewarding("helpfulness", num_steps=340)
 
 
 def safety() -> RewardRecipe:
