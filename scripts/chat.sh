@@ -9,7 +9,8 @@
 # DIR of --data holds tokenizer.model, values.json (the instructions of Ghost
 # Attention), and what people wrote: dialogs, helpfulness and safety (comparisons),
 # prompts, all as .jsonl and with NAME_validation.jsonl; ghost.jsonl and ghost_all.jsonl
-# (dialogs whose last answer and all of whose answers are sampled for Ghost Attention).
+# (dialogs whose last answer and all of whose answers are sampled for Ghost Attention);
+# and, where other comparisons are mixed in, helpfulness_others and safety_others.
 # While models write, --tensor devices share the weights. With --pod, models run on
 # every host of a TPU VM that has this checkout; --data and --run are then the same file
 # system there and here. What follows -- goes to each `llama-jax train`.
@@ -173,13 +174,20 @@ chat() {
   rows dialogs sft "$data/dialogs.jsonl" "$held_out" --row-length "$length"
   train sft sft "$base" --data.paths "$run/rows/sft"
 
-  # 2. Two reward models, from it (section 3.2.2).
+  # 2. Two reward models, from it (section 3.2.2), with other comparisons mixed in as
+  #    the recipe says.
   [[ -z $tiny ]] || compare_answers
-  local about
+  local about kind mixed
   for about in helpfulness safety; do
-    rows comparisons "$about" "$data/$about.jsonl" "$data/${about}_validation.jsonl" \
-      --row-length "$length"
-    train "$about" "$about" "$run/sft" --data.paths "$run/rows/$about" --data.weights 1
+    mixed=(--data.paths)
+    for kind in "$about" "${about}_others"; do
+      [[ $kind == "$about" || -e $data/$kind.jsonl ]] || continue
+      rows comparisons "$kind" "$data/$kind.jsonl" "$data/${kind}_validation.jsonl" \
+        --row-length "$length"
+      mixed+=("$run/rows/$kind")
+    done
+    ((${#mixed[@]} == 3)) || mixed+=(--data.weights 1)
+    train "$about" "$about" "$run/sft" "${mixed[@]}"
   done
 
   # 3. Context distillation (section 4.2.4): safer answers, learnt without what brought

@@ -172,6 +172,21 @@ def test_paths_with_spaces_stay_whole_and_mixtures_are_of_what_was_made():
     assert f"{Path.cwd()}/runs/a chat/rows/ghost" in mixed
 
 
+def test_other_comparisons_are_mixed_in_as_the_recipe_says(tmp_path):
+    (tmp_path / "safety_others.jsonl").touch()
+    commands = stages(*LLAMA, "--data", str(tmp_path), "--run", str(tmp_path))
+    rows = tmp_path / "rows"
+    compared = [c for c in commands if c[:3] == ["llama-jax", "data", "comparisons"]]
+    names = ("helpfulness", "safety", "safety_others")
+    assert [after("--output", c) for c in compared] == [str(rows / n) for n in names]
+    helpfulness, safety = (
+        next(c for c in commands if f"configs/chat/llama2_7b.py:{about}" in c)
+        for about in ("helpfulness", "safety")
+    )
+    assert after("--data.weights", helpfulness) == "1"
+    assert safety[-2:] == [str(rows / "safety"), str(rows / "safety_others")]
+
+
 def test_the_options_of_every_stage_are_known(capsys):
     """Each command line is right, as far as it is without the files before it."""
     for command in stages(*CHAT):
