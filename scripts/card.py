@@ -3,11 +3,13 @@
     python -m scripts.card DIR [--prompts FILE.jsonl
         [--helpfulness DIR --safety DIR --reference CHECKPOINT]]
 
-DIR is the work directory of a run, or an iteration of rejection sampling. It gets
-`card.md`, of tables and samples, and `card.png`, a page of plots. Samples are answers
-of the run's model to the first of the prompts, a line {"messages": [...]} each; those
-of an iteration are the best and the worst of its own. With two reward models and a
-reference, a card says what answers are worth, and how far they are from the reference.
+DIR is what any stage left: the work directory of a run, an iteration of rejection
+sampling, or rows of Ghost Attention or of context distillation. It gets `card.md`, of
+tables and samples, and `card.png`, a page of plots. Samples are answers of the run's
+model to the first of the prompts, a line {"messages": [...]} each; those of an
+iteration are the best and the worst of its own, those of rows what is learnt. With two
+reward models and a reference, the card of a run says what answers are worth, and how
+far they are from the reference.
 """
 
 import argparse
@@ -28,9 +30,11 @@ from llama_jax.checkpoint.params import is_remote, place
 from llama_jax.config.recipe import PpoRecipe, PretrainRecipe, RewardRecipe
 from llama_jax.data import PromptLines
 from llama_jax.errors import CheckpointError, DataError, LlamaError
+from llama_jax.finetune import distill, gatt, shards
 from llama_jax.finetune.ppo_state import PLAN
 from llama_jax.finetune.rejection import MANIFEST, Iteration, best_of, reward_curve
 from llama_jax.finetune.rollout import Rollout
+from llama_jax.finetune.shards import Shards
 from llama_jax.model import num_params
 from llama_jax.train.metrics import METRICS, Record, read_metrics
 from scripts import card_answers, card_plots, card_text
@@ -43,6 +47,20 @@ TEXT, PICTURE = "card.md", "card.png"
 _LOSS_UNITS = {
     RewardRecipe.stage: "nats per pair",
     PpoRecipe.stage: "of the policy, per token",
+}
+
+# Stages that make rows to learn from, and what their directories are.
+_ROWS = {"Ghost Attention": gatt.KIND, "context distillation": distill.KIND}
+# What a model was asked for, as manifests have it and as a card says it.
+_ASKED = {
+    "policy": "policy",
+    "helpfulness_model": "helpfulness model",
+    "safety_model": "safety model",
+    "resample": "answers sampled of a dialog",
+    "num_samples": "answers to choose from",
+    "sampler": "sampler",
+    "max_new_tokens": "longest answer allowed, tokens",
+    "seed": "seed",
 }
 
 
@@ -118,23 +136,31 @@ def card_of(directory: epath.Path, args: argparse.Namespace) -> Card:
     """The card of whatever a directory holds.
 
     Raises:
-      LlamaError: it holds no run and no iteration, or one that is damaged; prompts for
-        what writes nothing, or that leave no room for an answer.
+      LlamaError: it holds none, or one that is not done or damaged; prompts for what
+        writes nothing, or that leave no room for an answer.
       ShardingError: `--tensor` does not divide the model.
     """
     if (directory / MANIFEST).exists():
-        if args.prompts is not None:
-            raise DataError(
-                f"{directory} is an iteration, whose samples are its own: leave out "
-                "--prompts."
-            )
+        _require_no_prompts(directory, args)
         return iteration_card(Iteration.open(directory), args.num_samples)
+    for stage, kind in _ROWS.items():
+        if (directory / kind.manifest).exists():
+            _require_no_prompts(directory, args)
+            return rows_card(stage, shards.open_done(kind, directory), args.num_samples)
     if (directory / CHECKPOINTS).exists():
         return run_card(Run.open(directory), args)
+    manifests = ", ".join([MANIFEST, *(kind.manifest for kind in _ROWS.values())])
     raise CheckpointError(
-        f"{directory} is no work directory of a run and no iteration of rejection "
-        f"sampling: it has neither {CHECKPOINTS} nor {MANIFEST}. Check the path."
+        f"{directory} is nothing that has a card: a run has {CHECKPOINTS}, what a "
+        f"model wrote to learn from has one of {manifests}. Check the path."
     )
+
+
+def _require_no_prompts(directory: epath.Path, args: argparse.Namespace) -> None:
+    if args.prompts is not None:
+        raise DataError(
+            f"{directory} holds answers, which are its samples: leave out --prompts."
+        )
 
 
 def write(directory: epath.Path, card: Card) -> None:
@@ -261,18 +287,10 @@ def iteration_card(iteration: Iteration, num_samples: int) -> Card:
     num_prompts, num_answers = rewards.shape
     is_whole = [answer.is_whole for rollout in rollouts for answer in rollout.answers]
     num_learnable = sum(best_of(rollout) is not None for rollout in rollouts)
-    what = {
-        "stage": "rejection sampling",
-        "policy": plan["policy"],
-        "helpfulness model": plan["helpfulness_model"],
-        "safety model": plan["safety_model"],
-        "prompts": f"{num_prompts:,}",
-        "answers": f"{rewards.size:,}, {num_answers} to each prompt",
-        "sampler": plan["sampler"],
-        "longest answer allowed, tokens": f"{plan['max_new_tokens']:,}",
-        "seed": plan["seed"],
-    }
+    what = {"stage": "rejection sampling", **asked(plan)}
     told = {
+        "prompts": f"{num_prompts:,}",
+        "answers": f"{rewards.size:,}",
         "mean reward": f"{rewards.mean():.4g}",
         f"best of {num_answers}": f"{curve.max[-1]:.4g}",
         "answers that were cut": f"{1 - np.mean(is_whole):.1%}",
@@ -286,6 +304,39 @@ def iteration_card(iteration: Iteration, num_samples: int) -> Card:
     }
     plots = card_plots.of_iteration(rewards, curve)
     return Card(f"Rejection sampling: {iteration.path}", sections, plots)
+
+
+def rows_card(stage: str, made: Shards, num_samples: int) -> Card:
+    """The card of rows to learn from, as Ghost Attention and distillation make them.
+
+    Raises:
+      DataError: there are none, or a file is damaged.
+    """
+    rows = [row["messages"] for row in made.lines(json.loads)]
+    if not rows:
+        raise DataError(f"{made.path} has no rows: no answer was one to learn from.")
+    turns = [sum(m["role"] == "user" for m in messages) for messages in rows]
+    lengths = [len(messages[-1]["content"]) for messages in rows]
+    told = {
+        "dialogs": f"{made.num_items:,}",
+        "rows": f"{len(rows):,}",
+        "turns of a row, on average": f"{np.mean(turns):.1f}",
+        "turns of the longest": f"{max(turns):,}",
+        "length of the learnt answer, characters on average": f"{np.mean(lengths):.1f}",
+    }
+    shown = [(row[:-1], {"Learnt": row[-1]["content"]}) for row in rows[:num_samples]]
+    sections = {
+        "What it is": card_text.facts({"stage": stage, **asked(made.plan)}),
+        "Rows": card_text.facts(told),
+        "Samples": card_text.samples(shown),
+    }
+    title = f"{stage[0].upper()}{stage[1:]}: {made.path}"
+    return Card(title, sections, card_plots.of_rows(turns, lengths))
+
+
+def asked(plan: Mapping[str, Any]) -> dict[str, object]:
+    """What a manifest says of models and settings, in words."""
+    return {label: plan[name] for name, label in _ASKED.items() if name in plan}
 
 
 def best_and_worst(rollout: Rollout) -> card_text.Sample:

@@ -1,4 +1,4 @@
-"""What a card shows as plots: runs by step, reward models, iterations.
+"""What a card shows as plots: runs by step, reward models, iterations, rows.
 
 Each function returns what it can draw of what it is given: nothing, where there is
 nothing to draw. P prompts, K answers to each.
@@ -163,3 +163,18 @@ def of_iteration(rewards: Float[np.ndarray, "P K"], curve: RewardCurve) -> list[
         axes.legend()
 
     return [by_samples, spread]
+
+
+def of_rows(turns: Sequence[int], lengths: Sequence[int]) -> list[Plot]:
+    """How many rows to learn from are how long."""
+
+    def by_turns(axes: Axes) -> None:
+        axes.hist(turns, bins=np.arange(0.5, max(turns) + 1))
+        axes.set(title="Turns", xlabel="questions in a row", ylabel="rows")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    def by_length(axes: Axes) -> None:
+        axes.hist(lengths, bins=20)
+        axes.set(title="Learnt answers", xlabel="characters", ylabel="rows")
+
+    return [by_turns, by_length]

@@ -140,10 +140,11 @@ train() {
   once "card-$2" python -m scripts.card "$run/$2" "${asked[@]}"
 }
 
-# sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from.
+# sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from; its card.
 sample() {
   once "sample-$2" model sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
     --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${drawn[@]}" "${@:4}"
+  once "card-samples-$2" python -m scripts.card "$run/samples/$2"
 }
 
 # join NAME DIR ...: the rows of directories, in one file.
@@ -206,7 +207,6 @@ chat() {
   for version in 1 2 3 4 5; do
     sample answers "v$version" "$newest" --prompts "$data/prompts.jsonl" "${judge[@]}" \
       --num-samples "$samples" --cache-length "$context"
-    once "card-samples-v$version" python -m scripts.card "$run/samples/v$version"
     iterations+=("$run/samples/v$version")
     paths=("$run/rows/sft" "$run/rows/v$version" "$run/rows/distilled")
     weights=(5 4 1)

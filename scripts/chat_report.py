@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import llama_jax
-from llama_jax.finetune.gatt import attention_map, consistency
+from llama_jax.finetune.consistency import attention_map, consistency
 from llama_jax.generate import score
 from llama_jax.llm import LLM
 from llama_jax.text import encode_dialog

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from llama_jax.config.sampling import Sampler
-from llama_jax.errors import DialogError, GenerationError
+from llama_jax.errors import DataError, DialogError, GenerationError
 from llama_jax.llm import LLM
 from llama_jax.text import Tokenizer, encode_dialog
 from llama_jax.text.chat import Message, require_example
@@ -100,3 +100,17 @@ def require_learnable(dialog: Sequence[Message], answer: str) -> None:
     for number, message in enumerate(whole, start=1):
         if "\0" in message["content"]:
             raise DialogError(f"message {number} holds NUL: it is no text.")
+
+
+def require_one_each(
+    name: str, given: Sequence[object], whose: str, things: Sequence[object]
+) -> None:
+    """Check that there is one of something for each of others.
+
+    Raises:
+      DataError: there are more, or fewer; the message calls them by their names.
+    """
+    if len(given) != len(things):
+        raise DataError(
+            f"{name} are {len(given)} and {whose} {len(things)}: give one for each."
+        )

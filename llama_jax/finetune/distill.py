@@ -17,7 +17,12 @@ from jaxtyping import Float
 from llama_jax.config.sampling import Sampler
 from llama_jax.errors import ConfigError, DataError, DialogError
 from llama_jax.finetune import shards
-from llama_jax.finetune.answers import encode, sampled_answers, tokenizer_of
+from llama_jax.finetune.answers import (
+    encode,
+    require_one_each,
+    sampled_answers,
+    tokenizer_of,
+)
 from llama_jax.finetune.reward import RewardModel
 from llama_jax.finetune.rollout import checksum, finite_scores, require_one_tokenizer
 from llama_jax.finetune.shards import Kind, Watch, Written
@@ -35,7 +40,8 @@ Risk = Literal[
     "unqualified advice",
 ]
 
-_KIND = Kind(
+# Directories of such rows.
+KIND = Kind(
     article="a",
     noun="set of rows",
     manifest="distilled.json",
@@ -242,7 +248,7 @@ def write_distilled(
     def better(numbers: range) -> list[dict[str, object]]:
         return [one.row for one in make(numbers) if one.is_better]
 
-    written = shards.write_rows(_KIND, directory, plan, better, watch)
+    written = shards.write_rows(KIND, directory, plan, better, watch)
     if not written.num_rows:
         raise DataError(
             f"none of the {len(dialogs)} answers is safer under its pre-prompt, so "
@@ -279,10 +285,7 @@ def _maker(
 ) -> Callable[[range], list[Distilled]]:
     """From the numbers of some dialogs to their answers; all arguments are checked."""
     shards.require_counts(batch_size=batch_size)
-    if len(prompts) != len(dialogs):
-        raise DataError(
-            f"prompts are {len(prompts)} and dialogs {len(dialogs)}: give one for each."
-        )
+    require_one_each("prompts", prompts, "dialogs", dialogs)
     for number, dialog in enumerate(dialogs):
         try:
             encode(llm, dialog)

@@ -91,19 +91,8 @@ class Iteration:
           CheckpointError: it is in a bucket that cannot be reached.
           DataError: it is none, or is not done.
         """
-        directory = place(path)
-        plan = shards.read_plan(_KIND, directory)
-        if plan is None:
-            raise DataError(
-                f"{path} is no iteration of rejection sampling: it has no {MANIFEST}."
-            )
-        own = Shards(_KIND, directory, plan)
-        if missing := own.num_files - len(own.finished()):
-            raise DataError(
-                f"{path} is not done: {missing} of its {own.num_files} files are "
-                "missing. Sample it again with the same settings, and it goes on."
-            )
-        return cls(directory, plan)
+        own = shards.open_done(_KIND, path)
+        return cls(own.path, own.plan)
 
     def rollouts(self) -> Iterator[Rollout]:
         """Every prompt with its answers, as `rollout.roll_out` gave them.

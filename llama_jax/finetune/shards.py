@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -103,6 +103,15 @@ class Shards:
             return [parse(line) for line in lines]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+    def lines(self, parse: Callable[[str], _Parsed]) -> Iterator[_Parsed]:
+        """What the lines of all files say, in order.
+
+        Raises:
+          DataError: a file is missing or damaged.
+        """
+        for number in range(self.num_files):
+            yield from self.read(number, parse)
 
     def complete(self, make: Callable[[range], Iterable[str]], watch: Watch) -> None:
         """Make the files that are missing.
@@ -198,10 +207,28 @@ def write_rows(
     shards = Shards(kind, place(directory), plan)
     shards.complete(lambda items: map(line, make(items)), watch)
     with hosts.failing_together():
-        num_rows = sum(
-            len(shards.read(number, json.loads)) for number in range(shards.num_files)
-        )
+        num_rows = sum(1 for _ in shards.lines(json.loads))
     return Written(shards.path, shards.num_items, num_rows)
+
+
+def open_done(kind: Kind, path: epath.PathLike) -> Shards:
+    """A directory of some kind, whose files are all there.
+
+    Raises:
+      CheckpointError: it is in a bucket that cannot be reached.
+      DataError: it is of another kind, or is not done.
+    """
+    directory = place(path)
+    plan = read_plan(kind, directory)
+    if plan is None:
+        raise DataError(f"{path} is no {kind.noun}: it has no {kind.manifest}.")
+    shards = Shards(kind, directory, plan)
+    if missing := shards.num_files - len(shards.finished()):
+        raise DataError(
+            f"{path} is not done: {missing} of its {shards.num_files} files are "
+            "missing. Sample it again with the same settings, and it goes on."
+        )
+    return shards
 
 
 def read_plan(kind: Kind, directory: epath.Path) -> dict[str, Any] | None:

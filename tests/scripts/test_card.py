@@ -1,6 +1,7 @@
 """Cards: what they say is what runs and iterations wrote, whatever a model wrote."""
 
 import io
+import itertools
 import json
 import re
 
@@ -130,6 +131,41 @@ def sampled(tmp_path):
         (path / "iteration.json").write_text(json.dumps(plan))
         lines = "".join(map(rejection._to_line, rollouts))
         (path / "rollouts-00000-of-00001.jsonl").write_text(lines)
+        return path
+
+    return make
+
+
+@pytest.fixture
+def ghosts(tmp_path):
+    """Makes a directory of rows of Ghost Attention, of what was said in turns."""
+
+    def make(*dialogs):
+        plan = {
+            "num_dialogs": max(1, len(dialogs)),
+            "num_samples": 4,
+            "sampler": "TopP(p=1.0, temperature=0.5)",
+            "resample": "all",
+            "seed": 7,
+            "batch_size": 32,
+            "policy": "2",
+        }
+        path = tmp_path / "ghosts"
+        path.mkdir()
+        (path / "ghost.json").write_text(json.dumps(plan))
+        roles = ("user", "assistant")
+        rows = [
+            {
+                "messages": [
+                    {"role": role, "content": text}
+                    for role, text in zip(itertools.cycle(roles), dialog, strict=False)
+                ],
+                "learn": "last",
+            }
+            for dialog in dialogs
+        ]
+        lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+        (path / "rows-00000-of-00001.jsonl").write_text(lines)
         return path
 
     return make
@@ -315,7 +351,8 @@ def test_an_iteration(sampled):
     for row in (
         ["policy", "2"],
         ["prompts", "2"],
-        ["answers", "6, 3 to each prompt"],
+        ["answers", "6"],
+        ["answers to choose from", "3"],
         ["sampler", "TopP(p=1.0, temperature=1.2)"],
         ["mean reward", "0.5"],
         ["best of 3", "0.8059"],  # of σ(2) and σ(1)
@@ -333,6 +370,29 @@ def test_an_iteration(sampled):
     curve, spread = axes_of(path)
     assert [line.get_label() for line in curve.lines] == ["max of N", "median of N"]
     assert sum(bar.get_height() for bar in spread.patches) == pytest.approx(2)
+
+
+def test_rows_of_ghost_attention(ghosts):
+    path = ghosts(("rhyme", "no", HOSTILE, "moon"), ("sum", "three"))
+    rows = written(path, "--num-samples", "1")
+    for row in (
+        ["stage", "Ghost Attention"],
+        ["policy", "2"],
+        ["answers sampled of a dialog", "all"],
+        ["answers to choose from", "4"],
+        ["rows", "2"],
+        ["turns of a row, on average", "1.5"],
+        ["turns of the longest", "2"],
+        ["length of the learnt answer, characters on average", "4.5"],
+    ):
+        assert row in rows
+    text = (path / "card.md").read_text()
+    assert "**Learnt**" in text
+    fences = [t.content for t in Markdown(text).parsed if t.type == "fence"]
+    assert fences == ["rhyme\n", "no\n", f"{HOSTILE}\n", "moon\n"]
+    turns, lengths = axes_of(path)
+    assert [bar.get_height() for bar in turns.patches] == [1, 1]
+    assert sum(bar.get_height() for bar in lengths.patches) == 2
 
 
 def test_a_long_curve_is_shown_in_few_rows(sampled):
@@ -402,9 +462,10 @@ class TestErrors:
 
     def test_no_directory(self, tmp_path, capsys):
         for path in (tmp_path, tmp_path / "missing"):
-            assert "has neither checkpoints nor iteration.json" in self.said(
-                capsys, path
-            )
+            said = self.said(capsys, path)
+            assert "is nothing that has a card" in said
+            for name in ("checkpoints", "iteration", "ghost", "distilled"):
+                assert name in said
 
     def test_nothing_saved(self, tmp_path, capsys):
         (tmp_path / "checkpoints").mkdir()
@@ -421,10 +482,18 @@ class TestErrors:
         (path / "rollouts-00000-of-00001.jsonl").unlink()
         assert "is not done" in self.said(capsys, path)
 
-    def test_prompts_for_what_does_not_write(self, run, sampled, tmp_path, capsys):
+    def test_rows_that_are_not_done_or_none(self, ghosts, capsys):
+        empty = ghosts()
+        assert "has no rows" in self.said(capsys, empty)
+        (empty / "rows-00000-of-00001.jsonl").unlink()
+        assert "is not done" in self.said(capsys, empty)
+
+    def test_prompts_for_what_does_not_write(
+        self, run, sampled, ghosts, tmp_path, capsys
+    ):
         file = write(tmp_path / "prompts.jsonl", prompts(2))
-        path = sampled(rollout("q", ("a", 0.0)))
-        assert "leave out --prompts" in self.said(capsys, path, "--prompts", file)
+        for path in (sampled(rollout("q", ("a", 0.0))), ghosts(("q", "a"))):
+            assert "leave out --prompts" in self.said(capsys, path, "--prompts", file)
         reward = run(runs.reward_recipe("data", 128).with_steps(8), STEPS)
         assert "is a reward model" in self.said(capsys, reward, "--prompts", file)
 

@@ -208,7 +208,7 @@ def test_on_a_pod_models_work_on_every_host_and_answer_no_card():
     assert [words[4] for words in told].count("train") == 10
     assert after("--workdir", told[0]) == f"{Path.cwd()}/runs/a chat/sft"
     cards = [c for c in commands if "scripts.card" in c]
-    assert len(cards) == 15 and not any("--prompts" in c for c in cards)
+    assert len(cards) == 18 and not any("--prompts" in c for c in cards)
 
 
 def test_what_came_after_the_reward_models_has_its_answers_scored():
