@@ -315,7 +315,12 @@ def _ppo(
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
     )
-    with checkpoints, faults.host_loss(), faults.memory_advice(settings):
+    further = (
+        "; where it is answers that do not fit, more --ppo.decode-tensor (now "
+        f"{recipe.ppo.decode_tensor}) or a smaller --ppo.decode-batch (now "
+        f"{recipe.ppo.decode_batch})"
+    )
+    with checkpoints, faults.host_loss(), faults.memory_advice(settings, further):
         hosts.require_agreement(checkpoints=checkpoints.steps)
         resumed = bool(checkpoints.steps)
         with hosts.failing_together():

@@ -156,8 +156,13 @@ def host_loss() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_advice(settings: TrainConfig) -> Iterator[None]:
-    """Turn the compiler's or the device's "out of memory" into one with remedies."""
+def memory_advice(settings: TrainConfig, further: str = "") -> Iterator[None]:
+    """Turn the compiler's or the device's "out of memory" into one with remedies.
+
+    Args:
+      settings: of the run.
+      further: remedies of its stage, which come after those of every run.
+    """
     try:
         yield
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
@@ -172,5 +177,5 @@ def memory_advice(settings: TrainConfig) -> Iterator[None]:
             f"--train.accumulate (now {settings.accumulate}) or --train.loss-chunks "
             f"(now {settings.loss_chunks}); --optimizer.moments bfloat16; a smaller "
             f"--train.batch-size (now {settings.batch_size}); more shards, by "
-            "--mesh.fsdp or --mesh.tensor."
+            f"--mesh.fsdp or --mesh.tensor{further}."
         ) from error

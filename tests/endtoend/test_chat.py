@@ -12,8 +12,9 @@ import pytest
 from scripts.chat_report import STAGES
 from tests.architecture.tree import ROOT
 
-# Small, but enough for answers that end, some of them safe.
-SIZES = ("--prompts", "60", "--", "--train.num-steps", "60")
+# Small, but enough for answers that end, some of them safe, and for two files of each
+# kind of rows, so that there is a time between them.
+SIZES = ("--prompts", "132", "--", "--train.num-steps", "60")
 # A run that is never killed, on a machine that has other things to do.
 SECONDS = 3600
 

@@ -25,6 +25,7 @@ from llama_jax.errors import (
     ConfigError,
     DataError,
     TokenizerError,
+    TrainingError,
 )
 from llama_jax.finetune import estimators, ppo
 from llama_jax.finetune.experience import make_learnt
@@ -597,6 +598,16 @@ class TestErrors:
             DataError, match="holds dialogs, and reinforcement .* prompts"
         ):
             ppo.ppo(wrong, tmp_path / "run", init_from=untrained)
+
+    def test_out_of_memory(self, recipe, untrained, tmp_path, monkeypatch):
+        def exhausted(*args):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 GiB of 16 GiB")
+
+        monkeypatch.setattr(ppo, "gather", exhausted)
+        with pytest.raises(
+            TrainingError, match=r"17 GiB.*a smaller --ppo.decode-batch"
+        ):
+            ppo.ppo(recipe, tmp_path, init_from=untrained)
 
     def test_prompts_that_leave_too_little_room(self, recipe, untrained, tmp_path):
         wrong = runs.changed(recipe, "ppo", max_new_tokens=MAX_NEW_TOKENS + 1)
