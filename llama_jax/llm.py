@@ -110,6 +110,15 @@ class LLM:
         (row,) = self._rows(np.asarray(tokens)[None], least=1)
         return score.attention(self.engine, row)
 
+    def strongest_attention(self, tokens: ArrayLike) -> Float[np.ndarray, "T T"]:
+        """The highest `attention` of all layers and heads, one layer at a time.
+
+        Raises:
+          GenerationError: as `logits`.
+        """
+        (row,) = self._rows(np.asarray(tokens)[None], least=1)
+        return score.strongest_attention(self.engine, row)
+
     def generate(
         self,
         prompts: Sequence[Prompt],

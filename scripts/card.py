@@ -9,10 +9,12 @@ tables and samples, and `card.png`, a page of plots. Samples are answers of the 
 model to the first of the prompts, a line {"messages": [...]} each; those of an
 iteration are the best and the worst of its own, those of rows what is learnt. With two
 reward models and a reference, the card of a run says what answers are worth, and how
-far they are from the reference.
+far they are from the reference. Models answer on all devices, of all hosts if each of
+them runs this, and sees one DIR.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import itertools
@@ -21,6 +23,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
+import jax
 import numpy as np
 from etils import epath
 from matplotlib.figure import Figure
@@ -36,6 +39,7 @@ from llama_jax.finetune.rejection import MANIFEST, Iteration, best_of, reward_cu
 from llama_jax.finetune.rollout import Rollout
 from llama_jax.finetune.shards import Shards
 from llama_jax.model import num_params
+from llama_jax.train import faults
 from llama_jax.train.metrics import METRICS, Record, read_metrics
 from scripts import card_answers, card_plots, card_text
 from scripts.card_answers import cut_mark
@@ -67,9 +71,15 @@ _ASKED = {
 def main(argv: Sequence[str]) -> int:
     """Write the card; returns the exit status."""
     args = options(argv)
+    # Only where models answer are there other hosts to do it with.
+    answers = args.prompts is not None
     try:
-        directory = place(args.directory)
-        write(directory, card_of(directory, args))
+        with faults.together() if answers else contextlib.nullcontext():
+            directory = place(args.directory)
+            card = card_of(directory, args)
+            if answers and jax.process_index() != 0:
+                return 0
+            write(directory, card)
     except (LlamaError, ShardingError) as error:
         print(f"card: {error}", file=sys.stderr)
         return 1
@@ -80,17 +90,21 @@ def main(argv: Sequence[str]) -> int:
 def options(argv: Sequence[str]) -> argparse.Namespace:
     """What was asked for."""
     parser = argparse.ArgumentParser(
-        prog="card", description="A card of a run, or of an iteration."
+        prog="card", description="A card of what a stage left."
     )
     parser.add_argument("directory", metavar="DIR")
     parser.add_argument("--prompts", help="of samples, a .jsonl file")
-    parser.add_argument("--num-samples", type=_count, default=6, help="prompts shown")
+    parser.add_argument(
+        "--num-samples", type=_count, default=6, help="of prompts or rows shown"
+    )
     parser.add_argument("--helpfulness", help="the reward model of that name")
     parser.add_argument("--safety", help="likewise")
     parser.add_argument("--reference", help="a model to measure the divergence from")
     parser.add_argument("--num-scored", type=_count, default=96, help="prompts scored")
     parser.add_argument("--max-new-tokens", type=_count, default=256)
-    parser.add_argument("--tensor", type=_count, default=1, help="devices to answer on")
+    parser.add_argument(
+        "--tensor", type=_count, default=1, help="devices that share weights"
+    )
     args = parser.parse_args(argv)
     scoring = (args.helpfulness, args.safety, args.reference)
     if any(scoring) and not all((*scoring, args.prompts)):
@@ -263,6 +277,7 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
         max_kl = run.recipe["ppo"].get("max_kl")
         sections["Prompts held out"] = card_text.held_out_table(passes, max_kl)
     sections["Recipe"] = card_text.recipe_table(run.recipe)
+    plots = card_plots.of_run(records, loss_unit)
     if args.prompts is not None:
         num_read = max(args.num_samples, args.num_scored)
         prompts = list(itertools.islice(PromptLines(args.prompts), num_read))
@@ -274,9 +289,9 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
             sections["Answers"] = card_text.answers_table(
                 told, num_prompts=len(asked), reference=args.reference
             )
+            plots += card_plots.of_answers(told)
         shown = card_answers.shown(model, prompts[: args.num_samples], args)
         sections["Samples"] = card_text.samples(shown)
-    plots = card_plots.of_run(records, loss_unit)
     return Card(f"{run.stage.capitalize()}: {run.directory}", sections, plots)
 
 
@@ -287,7 +302,7 @@ def iteration_card(iteration: Iteration, num_samples: int) -> Card:
     num_prompts, num_answers = rewards.shape
     is_whole = [answer.is_whole for rollout in rollouts for answer in rollout.answers]
     num_learnable = sum(best_of(rollout) is not None for rollout in rollouts)
-    what = {"stage": "rejection sampling", **asked(plan)}
+    what = {"stage": "rejection sampling", **asked_for(plan)}
     told = {
         "prompts": f"{num_prompts:,}",
         "answers": f"{rewards.size:,}",
@@ -312,7 +327,7 @@ def rows_card(stage: str, made: Shards, num_samples: int) -> Card:
     Raises:
       DataError: there are none, or a file is damaged.
     """
-    rows = [row["messages"] for row in made.lines(json.loads)]
+    rows = list(made.lines(lambda line: json.loads(line)["messages"]))
     if not rows:
         raise DataError(f"{made.path} has no rows: no answer was one to learn from.")
     turns = [sum(m["role"] == "user" for m in messages) for messages in rows]
@@ -326,7 +341,7 @@ def rows_card(stage: str, made: Shards, num_samples: int) -> Card:
     }
     shown = [(row[:-1], {"Learnt": row[-1]["content"]}) for row in rows[:num_samples]]
     sections = {
-        "What it is": card_text.facts({"stage": stage, **asked(made.plan)}),
+        "What it is": card_text.facts({"stage": stage, **asked_for(made.plan)}),
         "Rows": card_text.facts(told),
         "Samples": card_text.samples(shown),
     }
@@ -334,7 +349,7 @@ def rows_card(stage: str, made: Shards, num_samples: int) -> Card:
     return Card(title, sections, card_plots.of_rows(turns, lengths))
 
 
-def asked(plan: Mapping[str, Any]) -> dict[str, object]:
+def asked_for(plan: Mapping[str, Any]) -> dict[str, object]:
     """What a manifest says of models and settings, in words."""
     return {label: plan[name] for name, label in _ASKED.items() if name in plan}
 

@@ -22,7 +22,7 @@ from llama_jax.generate import Generator
 from llama_jax.generate.score import token_logprobs
 from llama_jax.llm import LLM
 from scripts.card_text import Sample
-from sharding import MeshConfig, make_mesh
+from sharding.mesh import decoding_mesh
 
 # Prompts that are answered and scored at a time. `llama-jax sample answers` has 32, and
 # one model less.
@@ -32,15 +32,13 @@ _SAMPLERS = {"Greedy": llama_jax.Greedy(), "Temperature 1": _DRAWN}
 
 
 def load(checkpoint: epath.PathLike, args: argparse.Namespace, dtype: str) -> LLM:
-    """A model on the devices of a card.
+    """A model on all devices, of which `--tensor` share the weights.
 
     Raises:
       CheckpointError: it is none that writes.
       ShardingError: `--tensor` does not divide it.
     """
-    devices = jax.devices()[: args.tensor]
-    mesh = make_mesh(MeshConfig(fsdp=1, tensor=args.tensor), devices)
-    return llama_jax.load(checkpoint, dtype=dtype, mesh=mesh)
+    return llama_jax.load(checkpoint, dtype=dtype, mesh=decoding_mesh(args.tensor))
 
 
 def shown(

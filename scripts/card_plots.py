@@ -139,6 +139,25 @@ def of_comparisons(report: Mapping[str, Any]) -> list[Plot]:
     return [*by_rating, calibration, scores]
 
 
+def of_answers(told: Mapping[str, float]) -> list[Plot]:
+    """What answers are worth to the reward models, and how far they have gone."""
+
+    def worth(axes: Axes) -> None:
+        names = ("reward", "helpfulness", "safety")
+        axes.barh(
+            [f"{name}\n{told[name]:.4g}" for name in names],
+            [told[name] for name in names],
+        )
+        axes.set(title="Answers", xlabel="mean of Rc, and of σ(score)", xlim=(0, 1))
+        axes.invert_yaxis()
+
+    def divergence(axes: Axes) -> None:
+        axes.barh([f"KL\n{told['kl']:.4g}"], [told["kl"]])
+        axes.set(title="Divergence of answers", xlabel="nats per answer")
+
+    return [worth, divergence]
+
+
 def of_iteration(rewards: Float[np.ndarray, "P K"], curve: RewardCurve) -> list[Plot]:
     """Figure 7, and how rewards spread."""
 

@@ -2,7 +2,8 @@
 # Llama 2-Chat: from a base model to its last version, stage after stage.
 #
 #   scripts/chat.sh --recipes FILE.py --base CHECKPOINT --data DIR --run DIR
-#       [--tensor N] [--pod NAME --zone ZONE] [--dry-run] [-- OPTION ...]
+#       [--selections RUN] [--tensor N] [--pod NAME --zone ZONE] [--dry-run]
+#       [-- OPTION ...]
 #   scripts/chat.sh --tiny [--run DIR] [--seeds N] [--prompts N] [--dry-run]
 #       [-- OPTION ...]
 #
@@ -10,10 +11,13 @@
 # Attention), and what people wrote: dialogs, helpfulness and safety (comparisons),
 # prompts, all as .jsonl and with NAME_validation.jsonl; ghost.jsonl and ghost_all.jsonl
 # (dialogs whose last answer and all of whose answers are sampled for Ghost Attention);
-# and, where other comparisons are mixed in, helpfulness_others and safety_others.
-# While models write, --tensor devices share the weights. With --pod, models run on
-# every host of a TPU VM that has this checkout; --data and --run are then the same file
-# system there and here. What follows -- goes to each `llama-jax train`.
+# and, where other comparisons are mixed in, helpfulness_others.jsonl and
+# safety_others.jsonl, each with its _validation.jsonl.
+# With --selections, the --run of a larger model, versions learn from the best answers
+# there, and write none. While models write, --tensor devices share the weights. With
+# --pod, models run on every host of a TPU VM that has this checkout; --data and --run
+# are then the same file system there and here. What follows -- goes to each
+# `llama-jax train`.
 #
 # --tiny needs nothing: a small world whose truth is a rule makes the data, compares
 # answers, and measures every version, on two CPU cores.
@@ -30,11 +34,12 @@ usage() {
   exit 2
 }
 
-recipes='' base='' data='' run='' tensor='' pod='' zone='' tiny='' seeds='' prompts=''
-dry_run=''
+recipes='' base='' data='' run='' selections='' tensor='' pod='' zone='' dry_run=''
+tiny='' seeds='' prompts=''
 while [[ $# -gt 0 ]]; do
   case $1 in
-    --recipes | --base | --data | --run | --tensor | --pod | --zone | --seeds | --prompts)
+    --recipes | --base | --data | --run | --selections | --tensor | --pod | --zone | \
+      --seeds | --prompts)
       declare "${1#--}=${2:?$1 needs a value}"; shift 2 ;;
     --tiny) tiny=yes; shift ;;
     --dry-run) dry_run=yes; shift ;;
@@ -47,21 +52,27 @@ for count in "${tensor:-1}" "${seeds:-1}" "${prompts:-1}"; do
   [[ $count =~ ^[1-9][0-9]*$ ]] || usage "$count is no count: give 1 or more."
 done
 if [[ -n $tiny ]]; then
-  [[ -z $recipes$base$data$tensor$pod$zone ]] || usage '--tiny makes its own models and data.'
+  [[ -z $recipes$base$data$selections$tensor$pod$zone ]] ||
+    usage '--tiny makes its own models and data.'
 else
   [[ -n $recipes && -n $base && -n $data && -n $run ]] || usage
   [[ -z $seeds$prompts ]] || usage '--seeds and --prompts are those of --tiny.'
   [[ -n $pod || -z $zone ]] && [[ -z $pod || -n $zone ]] || usage 'Give --pod and --zone.'
 fi
-for path in "$data" "$run"; do
+for path in "$data" "$run" "$selections"; do
   [[ $path != *://* ]] || usage "$path is a bucket: mount it, and give the directory."
 done
 
 # What is relative is so to where this was called.
 absolute() { [[ -z $1 || $1 == /* || $1 == *://* ]] && echo "$1" || echo "$here/$1"; }
-base=$(absolute "$base") data=$(absolute "$data") root=$(absolute "${run:-runs/chat}")
+base=$(absolute "$base") data=$(absolute "$data") selections=$(absolute "$selections")
+root=$(absolute "${run:-runs/chat}")
 [[ -e $recipes ]] || recipes=$(absolute "$recipes")
 tensor=${tensor:-1}
+[[ -z $selections || -n $dry_run || -e $selections/samples/v1.jsonl ]] || {
+  echo "$selections has no samples/v1.jsonl: give the --run of a larger model." >&2
+  exit 1
+}
 
 # The environment in use, else the one that `make setup` makes.
 PATH=$PATH:$PWD/.venv/bin
@@ -78,16 +89,16 @@ if [[ -z $dry_run ]]; then
   flock -w 3 9 || { echo "$root is being written to: wait, or end that run." >&2; exit 1; }
 fi
 
-# once MARK COMMAND: show it and do it, unless it is done, which leaves a mark. What
-# begins with `model` is llama-jax here, or on every host of the pod.
+# once MARK [model] COMMAND: show it and do it, unless it is done, which leaves a mark.
+# What begins with `model` runs on every host of the pod, if there is one.
 once() {
   local mark=$run/done/$1 words shown
   shift
   words=("$@")
   if [[ $1 == model ]]; then
-    words[0]=llama-jax
+    words=("${@:2}")
     [[ -z $pod ]] || words=(scripts/on_every_host.sh "$pod" --zone "$zone" --
-      "cd llama-jax && $(printf '%q ' .venv/bin/llama-jax "${@:2}")")
+      "cd llama-jax && $(printf '%q ' ".venv/bin/$2" "${@:3}")")
   fi
   shown=$(printf '%q ' "${words[@]}")
   if [[ -e $mark ]]; then
@@ -133,16 +144,17 @@ train() {
   # What came after the reward models has its answers scored.
   [[ $2 != @(distilled|v?|ppo) ]] || asked+=(--helpfulness "$run/helpfulness"
     --safety "$run/safety" --reference "$run/sft")
-  # Reward models do not answer, nor do models of a pod here.
-  [[ -z $pod && $1 != helpfulness && $1 != safety ]] || asked=()
-  once "train-$2" model train "$recipes:$1" --init-from "$3" --workdir "$run/$2" \
+  local answering=(model)
+  # Reward models do not answer.
+  [[ $1 != helpfulness && $1 != safety ]] || asked=() answering=()
+  once "train-$2" model llama-jax train "$recipes:$1" --init-from "$3" --workdir "$run/$2" \
     "${seeded[@]}" "${@:4}" "${options[@]}"
-  once "card-$2" python -m scripts.card "$run/$2" "${asked[@]}"
+  once "card-$2" "${answering[@]}" python -m scripts.card "$run/$2" "${asked[@]}"
 }
 
 # sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from; its card.
 sample() {
-  once "sample-$2" model sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
+  once "sample-$2" model llama-jax sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
     --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${drawn[@]}" "${@:4}"
   once "card-samples-$2" python -m scripts.card "$run/samples/$2"
 }
@@ -203,15 +215,22 @@ chat() {
   # 4. Versions 1 to 5 by rejection sampling (section 3.2.3), each from the base: up to
   #    V3 on the best of the newest answers, then on the best of all; and from V4 on
   #    with Ghost Attention (section 3.3).
-  local version newest=distilled keep=latest iterations=() paths weights
+  local version newest=distilled keep=latest iterations=() winners paths weights
   for version in 1 2 3 4 5; do
-    sample answers "v$version" "$newest" --prompts "$data/prompts.jsonl" "${judge[@]}" \
-      --num-samples "$samples" --cache-length "$context"
-    iterations+=("$run/samples/v$version")
+    ((version < 4)) || keep=all
+    winners=$selections/samples/v$version.jsonl
+    if [[ -z $selections ]]; then
+      sample answers "v$version" "$newest" --prompts "$data/prompts.jsonl" \
+        "${judge[@]}" --num-samples "$samples" --cache-length "$context"
+      iterations+=("$run/samples/v$version")
+      winners=$run/samples/v$version.jsonl
+      once "pool-v$version" llama-jax sample pool "${iterations[@]}" --keep "$keep" \
+        --output "$winners"
+    fi
+    rows dialogs "v$version" "$winners" "$held_out" --row-length "$length"
     paths=("$run/rows/sft" "$run/rows/v$version" "$run/rows/distilled")
     weights=(5 4 1)
     if ((version == 4)); then
-      keep=all
       ghost last "$data/ghost.jsonl" --num-samples "$samples"
       ghost all "$data/ghost_all.jsonl" --num-samples 1
       join ghost "$run/samples/ghost-last" "$run/samples/ghost-all"
@@ -221,10 +240,6 @@ chat() {
       paths+=("$run/rows/ghost")
       weights+=(6)
     fi
-    once "pool-v$version" llama-jax sample pool "${iterations[@]}" --keep "$keep" \
-      --output "$run/samples/v$version.jsonl"
-    rows dialogs "v$version" "$run/samples/v$version.jsonl" "$held_out" \
-      --row-length "$length"
     train sft "v$version" "$base" --data.paths "${paths[@]}" \
       --data.weights "${weights[@]}"
     newest=v$version
@@ -247,7 +262,7 @@ make_base() {
     rows prepare "documents-$row" "$data/documents.jsonl" \
       "$data/documents_validation.jsonl" --row-length "$row"
   done
-  once train-base-256 model train "$recipes:base" --workdir "$run/base-256" \
+  once train-base-256 model llama-jax train "$recipes:base" --workdir "$run/base-256" \
     --data.paths "$run/rows/documents-256" "${seeded[@]}" "${options[@]}"
   train base_long base "$run/base-256" --data.paths "$run/rows/documents-512"
 }

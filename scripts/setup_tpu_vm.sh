@@ -75,7 +75,7 @@ sudo apt-get -o DPkg::Lock::Timeout=600 install -qq --yes python3.11-venv
 rm -rf llama-jax && mkdir llama-jax && tar -xzf llama-jax.tar.gz -C llama-jax
 cd llama-jax
 python3.11 -m venv .venv
-.venv/bin/pip install --quiet ".[tpu,gcs]"'
+.venv/bin/pip install --quiet ".[tpu,gcs,demo]"'
 
 # 4. The hosts find one another, and see all chips.
 on_every_host 'cd llama-jax && .venv/bin/python -c "

@@ -416,25 +416,33 @@ def _answer(rng: random.Random, dialog: Dialog) -> dict[str, str]:
 
 
 def plain_dialogs(
-    rng: random.Random, num: int, *, most_turns: int = 8
+    rng: random.Random, num: int, *, least_turns: int = 1, most_turns: int = 8
 ) -> Iterator[Dialog]:
     """Dialogs without instructions, right throughout."""
     for _ in range(num):
         dialog: Dialog = []
-        for _ in range(rng.randint(1, most_turns)):
+        for _ in range(rng.randint(least_turns, most_turns)):
             dialog.append({"role": "user", "content": question(rng, _USUAL)})
             dialog.append({"role": "assistant", "content": wanted(dialog).text})
         yield dialog
 
 
 def ghost_dialogs(
-    rng: random.Random, num: int, *, most_turns: int = 15
+    rng: random.Random, num: int, *, most_turns: int = 16
 ) -> Iterator[Dialog]:
     """Plain dialogs for Ghost Attention, longer and more about name and hobby.
 
-    The shortest come first: a batch of them takes as long as its longest.
+    A third of them are in the longer half, which few would be in else. The shortest
+    come first: a batch of them takes as long as its longest.
     """
-    for dialog in sorted(plain_dialogs(rng, num, most_turns=most_turns), key=len):
+    num_long = num // 3
+    dialogs = [
+        *plain_dialogs(rng, num - num_long, most_turns=most_turns),
+        *plain_dialogs(
+            rng, num_long, least_turns=most_turns // 2 + 1, most_turns=most_turns
+        ),
+    ]
+    for dialog in sorted(dialogs, key=len):
         for place in range(0, len(dialog), 2):
             if rng.random() < 0.7:
                 asked = question(rng, ("figure", "hobby", "fact"))
@@ -528,7 +536,7 @@ def main(argv: Sequence[str]) -> int:
         "dialogs.jsonl": _messages(dialogs),
         "dialogs_validation.jsonl": _messages(sft_dialogs(rng, held_out)),
         "ghost.jsonl": _messages(ghost_dialogs(rng, args.prompts)),
-        "ghost_all.jsonl": _messages(ghost_dialogs(rng, args.prompts // 4)),
+        "ghost_all.jsonl": _messages(ghost_dialogs(rng, args.prompts // 3)),
         "prompts.jsonl": _prompts(prompts(rng, args.prompts, held_out=False)),
         "prompts_validation.jsonl": _prompts(prompts(rng, held_out, held_out=False)),
     }

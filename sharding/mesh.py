@@ -109,6 +109,20 @@ def num_slices(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
+def decoding_mesh(tensor: int) -> jax.sharding.Mesh:
+    """All devices of all hosts, for models that write.
+
+    Args:
+      tensor: devices that share a copy of the weights; all the others have their own,
+        and do as much.
+
+    Raises:
+      ShardingError: it does not divide the devices of a slice.
+    """
+    slices = num_slices(jax.devices())
+    return make_mesh(MeshConfig(data=FILL, fsdp=1, tensor=tensor, dcn_data=slices))
+
+
 def make_mesh(
     config: MeshConfig, devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:

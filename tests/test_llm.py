@@ -73,6 +73,8 @@ def test_attention_is_causal_and_whole(placed):
     assert found.min() >= 0 and found[..., -1, :].max(-1).min() < 0.999
     # Of heads by their number, on any mesh.
     np.testing.assert_allclose(found, llm().attention(row.tolist()), atol=1e-5)
+    strongest = placed.strongest_attention(row)
+    np.testing.assert_allclose(strongest, found.max((0, 1)), rtol=0, atol=1e-6)
 
 
 def test_parameters_are_those_that_were_given(placed):

@@ -36,12 +36,12 @@ MODEL = LlamaConfig(
 
 def base() -> PretrainRecipe:
     """Documents in rows of 256 tokens: most of what is learnt, at little cost."""
-    return _pretraining(length=256, num_steps=560, batch_size=16, peak_lr=3e-3)
+    return _pretraining(length=256, num_steps=500, batch_size=16, peak_lr=3e-3)
 
 
 def base_long() -> PretrainRecipe:
     """Goes on from `base` in rows of 512: as long as dialogs of twenty turns."""
-    return _pretraining(length=512, num_steps=120, batch_size=8, peak_lr=1e-3)
+    return _pretraining(length=512, num_steps=240, batch_size=8, peak_lr=1e-3)
 
 
 def sft() -> SftRecipe:
@@ -50,7 +50,7 @@ def sft() -> SftRecipe:
         model=MODEL,
         data=_data("sft", length=512),
         optimizer=paper_optimizer(peak_lr=1.5e-3, warmup_steps=20),
-        train=_train(num_steps=400, batch_size=8),
+        train=_train(num_steps=340, batch_size=8),
         mesh=MeshConfig(),
         sequence_parallel=False,
         topology="",

@@ -66,7 +66,9 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                 console.print(
                     f"iteration {record['iteration']}: reward {record['reward']:.4f}, "
                     f"divergence {record['kl']:.2f} nats an answer of "
-                    f"{record['answer_length']:.0f} tokens",
+                    f"{record['answer_length']:.0f} tokens; "
+                    f"{record['answer_seconds']:.1f} s to answer, "
+                    f"{record['reshard_seconds']:.1f} of them to copy the policy",
                     highlight=False,
                 )
             elif "validation_reward" in record:

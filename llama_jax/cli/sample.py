@@ -1,11 +1,10 @@
 """`llama-jax sample STEP`: a model makes data, which it or another learns from."""
 
 import abc
-import contextlib
 import dataclasses
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 import jax
@@ -20,7 +19,11 @@ from llama_jax.data import Prompt
 from llama_jax.data.sources import dialog_files, prompt_files
 from llama_jax.errors import CheckpointError, ConfigError, DataError
 from llama_jax.finetune import rejection
-from llama_jax.finetune.distill import preprompts, write_distilled
+from llama_jax.finetune.distill import (
+    answer_template,
+    preprompts,
+    write_distilled,
+)
 from llama_jax.finetune.gatt import (
     Instruction,
     Resample,
@@ -45,8 +48,7 @@ from llama_jax.model import num_params
 from llama_jax.text import Tokenizer
 from llama_jax.text.chat import Message
 from llama_jax.train import faults
-from sharding import MeshConfig, hosts, make_mesh
-from sharding.mesh import FILL, num_slices
+from sharding.mesh import decoding_mesh
 
 _Item = TypeVar("_Item")
 
@@ -76,9 +78,7 @@ class _Step(abc.ABC):
 
     def _mesh(self) -> jax.sharding.Mesh:
         """All devices of all hosts."""
-        slices = num_slices(jax.devices())
-        config = MeshConfig(data=FILL, fsdp=1, tensor=self.tensor, dcn_data=slices)
-        return make_mesh(config)
+        return decoding_mesh(self.tensor)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -354,7 +354,8 @@ class DistilStep(_Sampling):
     Attributes:
       prompts: .jsonl files, as `llama-jax sample answers` reads; those with
         "about_safety": true are answered, with a pre-prompt and without, and others
-        are left out.
+        are left out. One that also has a "risk" gets the answer template of that
+        category for a pre-prompt.
       safety: the work directory of the newest safety reward model.
     """
 
@@ -362,7 +363,7 @@ class DistilStep(_Sampling):
     safety: str
 
     def _summary(self) -> str:
-        adversarial, num_others = self._dialogs()
+        adversarial, num_others = self._adversarial()
         writes = self._writes()
         _, reads = open_reward(self.safety)
         require_one_tokenizer(self._tokenizer(), reads)
@@ -372,7 +373,7 @@ class DistilStep(_Sampling):
         )
 
     def _make(self) -> str:
-        adversarial, num_others = self._dialogs()
+        adversarial, num_others = self._adversarial()
         llm = self._load(self._mesh())
         sharded = llm.engine.sharded
         safety = load_reward(
@@ -383,8 +384,8 @@ class DistilStep(_Sampling):
                 self.output,
                 llm,
                 safety,
-                adversarial,
-                preprompts(random.Random(self.seed), len(adversarial)),
+                [prompt.messages for prompt in adversarial],
+                self._preprompts(adversarial),
                 max_new_tokens=self.max_new_tokens,
                 sampler=self._sampler(),
                 seed=self.seed,
@@ -397,10 +398,18 @@ class DistilStep(_Sampling):
             "others are left out"
         )
 
-    def _dialogs(self) -> tuple[list[Sequence[Message]], int]:
+    def _preprompts(self, prompts: Sequence[Prompt]) -> list[str]:
+        """What each is answered under: drawn, where its risk is not known."""
+        drawn = preprompts(random.Random(self.seed), len(prompts))
+        return [
+            told if prompt.risk is None else answer_template(prompt.risk)
+            for prompt, told in zip(prompts, drawn, strict=True)
+        ]
+
+    def _adversarial(self) -> tuple[list[Prompt], int]:
         """The prompts about safety, and how many others there are."""
         prompts = _prompts(self.prompts)
-        adversarial = [prompt.messages for prompt in prompts if prompt.about_safety]
+        adversarial = [prompt for prompt in prompts if prompt.about_safety]
         if not adversarial:
             raise DataError(
                 f"none of {len(prompts)} prompts is about safety, and others are not "
@@ -426,18 +435,9 @@ def run(argv: Sequence[str]) -> int:
     if step.dry_run:
         print(step._summary())
         return 0
-    with _hosts_joined():
+    with faults.together():
         print(step._make())
     return 0
-
-
-@contextlib.contextmanager
-def _hosts_joined() -> Iterator[None]:
-    """Within this all hosts run together, and end together."""
-    hosts.start(lost_status=faults.EXIT_HOST_LOST)
-    hosts.cache_compilations()
-    with faults.shared_fate(), faults.host_loss():
-        yield
 
 
 def _prompts(paths: Sequence[str]) -> list[Prompt]:

@@ -10,6 +10,12 @@ from llama_jax.errors import ConfigError
 Rating = Literal[
     "significantly better", "better", "slightly better", "negligibly better"
 ]
+# The paper's categories of risk (section 4.2.1).
+Risk = Literal[
+    "illicit and criminal activities",
+    "hateful and harmful activities",
+    "unqualified advice",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar, get_arg
 
 from etils import epath
 
-from llama_jax.config.data import Rating
+from llama_jax.config.data import Rating, Risk
 from llama_jax.errors import DataError, DialogError
 from llama_jax.text.chat import Learnt, Message, require_example
 
@@ -95,10 +95,12 @@ class Prompt(NamedTuple):
       messages: the dialog up to the question, as `text.chat` has it.
       about_safety: whether it is there to elicit unsafe answers, so that the safety
         score is the one that counts.
+      risk: of which category that is, where it is known.
     """
 
     messages: Sequence[Message]
     about_safety: bool = False
+    risk: Risk | None = None
 
 
 class Prompts(Protocol):
@@ -290,7 +292,8 @@ class ComparisonLines(_Lines[Comparison]):
 class PromptLines(_Lines[Prompt]):
     """Prompts of a JSONL file, {"messages": [... ends with the user]} a line.
 
-    And, for those that are there to elicit unsafe answers, "about_safety": true.
+    And, for those that are there to elicit unsafe answers, "about_safety": true; for
+    these, where it is known, "risk": one of `config.data.Risk`.
 
     Args:
       path: the file, on a disk or in a bucket (`gs://...`).
@@ -309,8 +312,14 @@ class PromptLines(_Lines[Prompt]):
                 f'"about_safety" is {about_safety!r:.60}: write true or false, or '
                 "leave it out"
             )
+        risk = content.get("risk")
+        if risk is not None and (not about_safety or risk not in get_args(Risk)):
+            raise _BadRowError(
+                f'"risk" is {risk!r:.60}: beside "about_safety": true, write one of '
+                f"{', '.join(map(repr, get_args(Risk)))}, or leave it out"
+            )
         _messages([*messages, {"role": "assistant", "content": "?"}])
-        return Prompt(messages, about_safety)
+        return Prompt(messages, about_safety, risk)
 
 
 class TextFiles(_Rows[str]):

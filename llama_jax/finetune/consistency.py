@@ -115,16 +115,16 @@ def attention_map(
     Args:
       llm: the model.
       tokens: int[T], as `text.encode_dialog` makes them. Memory grows with T squared,
-        times layers and heads.
+        times the heads of a layer.
       bin_size: tokens in a bin.
 
     Raises:
       ConfigError: `bin_size` is not positive.
-      GenerationError: see `LLM.attention`.
+      GenerationError: see `LLM.strongest_attention`.
     """
     if bin_size < 1:
         raise ConfigError(f"bin_size is {bin_size}: it has to be positive.")
-    most_TT = llm.attention(tokens).max(axis=(0, 1))
+    most_TT = llm.strongest_attention(tokens)
     starts = np.arange(0, len(most_TT), bin_size)
     most_bT = np.maximum.reduceat(most_TT, starts, axis=0)
     return np.maximum.reduceat(most_bT, starts, axis=1)

@@ -8,12 +8,13 @@ the one that the model gives by itself.
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import numpy as np
 from etils import epath
 from jaxtyping import Float
 
+from llama_jax.config.data import Risk
 from llama_jax.config.sampling import Sampler
 from llama_jax.errors import ConfigError, DataError, DialogError
 from llama_jax.finetune import shards
@@ -32,13 +33,6 @@ from llama_jax.text.chat import Message
 
 # Scores the last answers of dialogs.
 Score = Callable[[Sequence[Sequence[Message]]], Float[np.ndarray, " dialogs"]]
-
-# The paper's categories of risk (section 4.2.1).
-Risk = Literal[
-    "illicit and criminal activities",
-    "hateful and harmful activities",
-    "unqualified advice",
-]
 
 # Directories of such rows.
 KIND = Kind(

@@ -33,6 +33,7 @@ from llama_jax.finetune.estimators import (
 from llama_jax.finetune.rollout import Judge, LogprobsStep, Resharding, Scores, reshard
 from llama_jax.generate import Generator, Settings
 from llama_jax.text import Tokenizer
+from llama_jax.train import faults
 from llama_jax.train.compiler import compiler_options
 from llama_jax.train.objective import as_written, in_order
 from llama_jax.train.step import batch_sharding
@@ -210,31 +211,47 @@ def _by_step(
 def answer(
     reader: Reader, policy: Tree, prompts: Sequence[list[int]], seeds: Sequence[int]
 ) -> Answers | None:
-    """One answer to each prompt; None if asked to stop meanwhile."""
+    """One answer to each prompt; None if asked to stop meanwhile.
+
+    Raises:
+      TrainingError: what it takes to write them does not fit into memory.
+    """
     recipe, options = reader.recipe, reader.recipe.ppo
-    # The copy for decoding lives as long as this function runs.
-    engine, cost = reshard(
-        reader.policy, policy, reader.decoding, cache_length=recipe.data.sequence_length
-    )
-    generator = Generator(engine, reader.tokenizer)
-    answers = Answers([], list(map(len, prompts)), [], cost)
-    for start in range(0, len(prompts), options.decode_batch):
-        if reader.stop_now():
-            return None
-        part = slice(start, start + options.decode_batch)
-        settings = Settings(
-            max_new_tokens=options.max_new_tokens,
-            sampler=TopP(1.0, temperature=options.temperature),
-            seed=list(seeds[part]),
+    with faults.out_of_memory("the writing of answers", _remedies(options)):
+        # The copy for decoding lives as long as this function runs.
+        engine, cost = reshard(
+            reader.policy,
+            policy,
+            reader.decoding,
+            cache_length=recipe.data.sequence_length,
         )
-        for prompt, completion in zip(
-            prompts[part], generator.generate(prompts[part], settings), strict=True
-        ):
-            is_whole = completion.finish_reason == "stop"
-            end = [reader.tokenizer.eos_id] if is_whole else []
-            answers.rows.append([*prompt, *completion.tokens, *end])
-            answers.is_whole.append(is_whole)
-    return answers
+        generator = Generator(engine, reader.tokenizer)
+        answers = Answers([], list(map(len, prompts)), [], cost)
+        for start in range(0, len(prompts), options.decode_batch):
+            if reader.stop_now():
+                return None
+            part = slice(start, start + options.decode_batch)
+            settings = Settings(
+                max_new_tokens=options.max_new_tokens,
+                sampler=TopP(1.0, temperature=options.temperature),
+                seed=list(seeds[part]),
+            )
+            for prompt, completion in zip(
+                prompts[part], generator.generate(prompts[part], settings), strict=True
+            ):
+                is_whole = completion.finish_reason == "stop"
+                end = [reader.tokenizer.eos_id] if is_whole else []
+                answers.rows.append([*prompt, *completion.tokens, *end])
+                answers.is_whole.append(is_whole)
+        return answers
+
+
+def _remedies(options: PpoConfig) -> str:
+    return (
+        f"cheapest first: a smaller --ppo.decode-batch (now {options.decode_batch}); "
+        "more devices that share the weights, by --ppo.decode-tensor (now "
+        f"{options.decode_tensor})"
+    )
 
 
 def score(

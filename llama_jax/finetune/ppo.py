@@ -315,12 +315,7 @@ def _ppo(
     checkpoints = RunCheckpoints(
         workdir, keep_latest=settings.keep_latest, keep_period=settings.keep_period
     )
-    further = (
-        "; where it is answers that do not fit, more --ppo.decode-tensor (now "
-        f"{recipe.ppo.decode_tensor}) or a smaller --ppo.decode-batch (now "
-        f"{recipe.ppo.decode_batch})"
-    )
-    with checkpoints, faults.host_loss(), faults.memory_advice(settings, further):
+    with checkpoints, faults.host_loss(), faults.memory_advice(settings):
         hosts.require_agreement(checkpoints=checkpoints.steps)
         resumed = bool(checkpoints.steps)
         with hosts.failing_together():

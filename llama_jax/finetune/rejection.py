@@ -61,7 +61,7 @@ _JUDGE = ("safety_model", "helpfulness_model", "threshold")
 
 _KIND = Kind(
     article="an",
-    noun="iteration",
+    noun="iteration of rejection sampling",
     manifest=MANIFEST,
     files="rollouts",
     count="num_prompts",

@@ -42,6 +42,12 @@ def attention(engine: Engine, ids: Sequence[int]) -> Float[np.ndarray, "L N T T"
     return weights_LNTT[:, :, : len(ids), : len(ids)]
 
 
+def strongest_attention(engine: Engine, ids: Sequence[int]) -> Float[np.ndarray, "T T"]:
+    """The highest `attention` of all layers and heads, which never exist together."""
+    weights_TT = np.asarray(_run(engine, _strongest_attention, [ids]))
+    return weights_TT[: len(ids), : len(ids)]
+
+
 def _run(
     engine: Engine,
     program: Callable[[Decoder, Weights, ArrayLike], Array],
@@ -88,3 +94,12 @@ def _attention(
     layers = decoder.attention(weights, tokens_BT)
     weights_LNTT = jnp.concatenate([layer[:1] for layer in layers])
     return decoder.constrain(weights_LNTT, None, None, None, None)
+
+
+@functools.partial(jax.jit, static_argnames="decoder")
+def _strongest_attention(
+    decoder: Decoder, weights: Weights, tokens_BT: Int[Array, "1 T"]
+) -> Float[Array, "T T"]:
+    layers = decoder.attention(weights, tokens_BT)
+    of_each = (jnp.max(layer[0], axis=0) for layer in layers)
+    return decoder.constrain(functools.reduce(jnp.maximum, of_each), None, None)

@@ -156,12 +156,36 @@ def host_loss() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def memory_advice(settings: TrainConfig, further: str = "") -> Iterator[None]:
+def together() -> Iterator[None]:
+    """Within this all hosts run together, and end together, whatever they make."""
+    hosts.start(lost_status=EXIT_HOST_LOST)
+    hosts.cache_compilations()
+    with shared_fate(), host_loss():
+        yield
+
+
+def memory_advice(settings: TrainConfig) -> contextlib.AbstractContextManager[None]:
+    """`out_of_memory` of a training step."""
+    return out_of_memory(
+        "the training step",
+        f"cheapest first: --train.remat full (it is {settings.remat}); more "
+        f"--train.accumulate (now {settings.accumulate}) or --train.loss-chunks "
+        f"(now {settings.loss_chunks}); --optimizer.moments bfloat16; a smaller "
+        f"--train.batch-size (now {settings.batch_size}); more shards, by "
+        "--mesh.fsdp or --mesh.tensor",
+    )
+
+
+@contextlib.contextmanager
+def out_of_memory(what: str, remedies: str) -> Iterator[None]:
     """Turn the compiler's or the device's "out of memory" into one with remedies.
 
     Args:
-      settings: of the run.
-      further: remedies of its stage, which come after those of every run.
+      what: does not fit.
+      remedies: what to change, and how it is.
+
+    Raises:
+      TrainingError: it does not fit.
     """
     try:
         yield
@@ -172,10 +196,5 @@ def memory_advice(settings: TrainConfig, further: str = "") -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0] if str(error) else "MemoryError"
         raise TrainingError(
-            f"the training step does not fit into memory ({reason}). Remedies, "
-            f"cheapest first: --train.remat full (it is {settings.remat}); more "
-            f"--train.accumulate (now {settings.accumulate}) or --train.loss-chunks "
-            f"(now {settings.loss_chunks}); --optimizer.moments bfloat16; a smaller "
-            f"--train.batch-size (now {settings.batch_size}); more shards, by "
-            f"--mesh.fsdp or --mesh.tensor{further}."
+            f"{what} does not fit into memory ({reason}). Remedies, {remedies}."
         ) from error

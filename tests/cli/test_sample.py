@@ -12,7 +12,10 @@ import pytest
 from llama_jax.checkpoint.params import save_params
 from llama_jax.cli import main
 from llama_jax.cli.progress import counting_progress
-from llama_jax.data import DialogLines
+from llama_jax.data import DialogLines, Prompt
+from llama_jax.finetune import distill
+from llama_jax.finetune.answers import sampled_answers
+from llama_jax.finetune.distill import ANSWER_TEMPLATES
 from llama_jax.finetune.rejection import Iteration
 from tests.data import dialogs, prompts
 from tests.endtoend.jobs import Job
@@ -118,9 +121,8 @@ class TestAnswersAndPool:
         iteration = Iteration.open(sampled)
         assert iteration.plan["num_samples"] == 2
         assert iteration.plan["sampler"] == "TopP(p=1.0, temperature=1.0)"
-        assert [rollout.prompt._asdict() for rollout in iteration.rollouts()] == (
-            QUESTIONS
-        )
+        asked = [rollout.prompt for rollout in iteration.rollouts()]
+        assert asked == [Prompt(**question) for question in QUESTIONS]
         rewards = iteration.rewards()
         best = rewards.max(axis=1).mean()
         before = content(sampled)
@@ -131,7 +133,8 @@ class TestAnswersAndPool:
             f"{best:.4f} the best of each, {rewards.mean():.4f} the median"
         )
         error = refused(capsys, [*ANSWERS, "--output", "v1", "--seed", "1"])
-        assert "v1 holds an iteration that was begun otherwise: seed was 0" in error
+        assert "v1 holds an iteration of rejection sampling that was begun" in error
+        assert "otherwise: seed was 0" in error
 
     def test_pool(self, sampled, place, capsys):
         argv = ["sample", "pool", "v1", "--keep", "latest", "--output", "v1.jsonl"]
@@ -214,6 +217,26 @@ def test_distil(place, capsys):
     asked = [question["messages"] for question in QUESTIONS[:2]]
     assert all(row.messages[:-1] in asked for row in rows)
     assert said(capsys, argv) == line
+
+
+def test_a_prompt_of_a_known_risk_gets_its_template(place, monkeypatch):
+    def ask(llm, dialogs, **settings):
+        asked.extend(dialogs)
+        return sampled_answers(llm, dialogs, **settings)
+
+    asked = []
+    monkeypatch.setattr(distill, "sampled_answers", ask)
+    short = dict.fromkeys(ANSWER_TEMPLATES, "gu")
+    monkeypatch.setattr(distill, "ANSWER_TEMPLATES", short)
+    first, second, *_ = (question.copy() for question in QUESTIONS)
+    prompts.write(
+        place / "risks.jsonl", [first, second | {"risk": "unqualified advice"}]
+    )
+    # Whether an answer is safer, and the command a success, does not matter here.
+    main([*DISTIL, "--prompts", "risks.jsonl", "--output", "distilled"])
+    *_, drawn, template = asked  # after both without any
+    assert drawn[0]["content"].startswith("You are a ")
+    assert template == [{"role": "system", "content": "gu"}, *second["messages"]]
 
 
 @pytest.mark.parametrize(

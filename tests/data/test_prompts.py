@@ -43,16 +43,28 @@ class TestSource:
         rows = [
             {"messages": [USER]},
             {"messages": [USER, ANSWER, USER], "about_safety": True},
+            {"messages": [USER], "about_safety": True, "risk": "unqualified advice"},
         ]
-        first, second = PromptLines(write(tmp_path / "a.jsonl", rows))
-        assert first == ([USER], False)
-        assert second == ([USER, ANSWER, USER], True)
+        first, second, third = PromptLines(write(tmp_path / "a.jsonl", rows))
+        assert first == ([USER], False, None)
+        assert second == ([USER, ANSWER, USER], True, None)
+        assert third == ([USER], True, "unqualified advice")
 
     @pytest.mark.parametrize(
         ("row", "kind", "words"),
         [
             ({}, DataError, "the field 'messages' is missing"),
             ({"messages": [USER], "about_safety": 1}, DataError, '"about_safety" is 1'),
+            (
+                {"messages": [USER], "about_safety": True, "risk": "rain"},
+                DataError,
+                "\"risk\" is 'rain': .*'unqualified advice'",
+            ),
+            (
+                {"messages": [USER], "risk": "unqualified advice"},
+                DataError,
+                '"risk" is .*: beside "about_safety": true',
+            ),
             (
                 {"messages": [USER, ANSWER]},
                 DialogError,

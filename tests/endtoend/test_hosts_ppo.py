@@ -63,3 +63,36 @@ def test_two_hosts_learn_as_one(tmp_path, monkeypatch):
         np.testing.assert_allclose(
             after[name], before[name], rtol=0, atol=bound, err_msg=name
         )
+
+
+# Scores of each host: 1 and 3, 5 and 99, of which the last one does not count.
+WHITEN = """
+import jax
+import numpy as np
+from llama_jax.finetune.estimators import whiten
+from sharding import hosts
+
+hosts.start()
+mesh = jax.make_mesh((8,), ("data",))
+split, whole = (
+    jax.sharding.NamedSharding(mesh, jax.P(axis)) for axis in ("data", None)
+)
+scores = [[1, 3, 0, 0], [5, 99, 0, 0]][jax.process_index()]
+weights = [[1, 1, 0, 0], [1, 0, 0, 0]][jax.process_index()]
+given = (
+    jax.make_array_from_process_local_data(split, np.array(own, np.float32))
+    for own in (scores, weights)
+)
+print("white", *np.asarray(jax.jit(whiten, out_shardings=whole)(*given)))
+"""
+
+
+def test_scores_of_all_hosts_are_whitened_together(tmp_path):
+    """1, 3 and 5 have the mean 3 and the variance 8 / 3."""
+    with Job(tmp_path, [], [], programs=dict.fromkeys((0, 1), WHITEN)) as job:
+        assert job.ends() == [0, 0], job.everything()
+        for host in (0, 1):
+            (line,) = (x for x in job.said(host).splitlines() if x.startswith("white"))
+            found = np.array(line.split()[1:], float)
+            expected = [-np.sqrt(1.5), 0, 0, 0, np.sqrt(1.5), 0, 0, 0]
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)

@@ -20,9 +20,13 @@ def untrained(tmp_path_factory, tokenizer):
     return save_untrained(tmp_path_factory.mktemp("untrained") / "params", tokenizer)
 
 
-def save_untrained(path, tokenizer):
-    config = runs.recipe("data").model
+def chat_model():
     mesh, rules = make_mesh(MeshConfig(fsdp=8)), training_rules(sequence_parallel=False)
-    model = build(config, mesh, rules, dtype="float32", remat="none")
-    save_params(path, model.init(seed=3), config, tokenizer)
+    config = runs.recipe("data").model
+    return build(config, mesh, rules, dtype="float32", remat="none")
+
+
+def save_untrained(path, tokenizer):
+    model = chat_model()
+    save_params(path, model.init(seed=3), model.config, tokenizer)
     return path

@@ -56,6 +56,11 @@ def test_dialogs_of_several_lengths_are_not_compared(questions):
         consistency(None, [NAPOLEON] * 2, questions, lambda *_: True, max_new_tokens=8)
 
 
+def test_each_dialog_has_an_instruction():
+    with pytest.raises(DataError, match="instructions are 1 and questions 2: give one"):
+        consistency(None, [NAPOLEON], [["a"]] * 2, lambda *_: True, max_new_tokens=8)
+
+
 def test_the_map_is_the_highest_attention_of_the_whole_network():
     speaker = llm(config=LONG)
     ids = encode_dialog(

@@ -376,8 +376,12 @@ class TestRefused:
 
     def test_a_directory_of_something_else(self, tmp_path):
         (tmp_path / "notes.txt").write_text("mine")
-        self.refused(tmp_path, "holds other files: give each iteration a directory")
-        with pytest.raises(DataError, match="is no iteration: it has no"):
+        self.refused(
+            tmp_path, "holds other files: give each iteration of rejection sampling a"
+        )
+        with pytest.raises(
+            DataError, match="is no iteration of rejection sampling: it has no"
+        ):
             Iteration.open(tmp_path)
 
     def test_a_place_that_cannot_be_written(self, tmp_path):

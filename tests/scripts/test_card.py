@@ -25,6 +25,7 @@ from tests import runs
 from tests.buckets import Buckets
 from tests.data import corpus
 from tests.data.prompts import prompts, write
+from tests.endtoend.jobs import Job
 
 HOSTILE = (
     "```\n| a | b |\n<script>alert(1)</script>\n# no heading\n````text\n[x](y) $z$"
@@ -395,6 +396,18 @@ def test_rows_of_ghost_attention(ghosts):
     assert sum(bar.get_height() for bar in lengths.patches) == 2
 
 
+def test_rows_of_context_distillation(ghosts):
+    path = ghosts(("secret", "no"))
+    manifest = path / "ghost.json"
+    plan = json.loads(manifest.read_text())
+    del plan["num_samples"], plan["resample"]
+    (path / "distilled.json").write_text(json.dumps(plan))
+    manifest.unlink()
+    rows = written(path)
+    assert ["stage", "context distillation"] in rows and ["seed", "7"] in rows
+    assert not any(row[0].startswith("answers") for row in rows)
+
+
 def test_a_long_curve_is_shown_in_few_rows(sampled):
     answers = [(str(i), i / 30) for i in range(30)]
     rows = written(sampled(rollout("q", *answers)))
@@ -432,6 +445,13 @@ def test_no_text_is_more_than_text(text):
         assert token.type != "html_block"
         inside = {child.type for child in token.children or ()}
         assert inside <= {"text", "strong_open", "strong_close"}
+
+
+def test_plots_of_answers():
+    told = measured(0.375, 1.5)
+    worth, divergence = card_plots.page("t", card_plots.of_answers(told)).axes
+    assert [bar.get_width() for bar in worth.patches] == [0.375, 0.61, 0.71]
+    assert [bar.get_width() for bar in divergence.patches] == [1.5]
 
 
 @pytest.mark.parametrize("num_plots", [1, 2, 5, 9])
@@ -485,6 +505,8 @@ class TestErrors:
     def test_rows_that_are_not_done_or_none(self, ghosts, capsys):
         empty = ghosts()
         assert "has no rows" in self.said(capsys, empty)
+        (empty / "rows-00000-of-00001.jsonl").write_text("{}\n")
+        assert "is damaged" in self.said(capsys, empty)
         (empty / "rows-00000-of-00001.jsonl").unlink()
         assert "is not done" in self.said(capsys, empty)
 
@@ -515,16 +537,18 @@ class TestErrors:
         assert "give an integer of 1 or more" in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_real_run_and_what_it_writes(tmp_path):
-    tokenizer = corpus.make_tokenizer(tmp_path)
-    data = corpus.prepare_corpus(tmp_path / "data", tokenizer)
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A run, three prompts, and the options of a card that has its answers scored."""
+    path = tmp_path_factory.mktemp("real")
+    tokenizer = corpus.make_tokenizer(path)
+    data = corpus.prepare_corpus(path / "data", tokenizer)
     recipe = runs.changed(runs.recipe(data.path), "train", num_steps=2)
     recipe = runs.changed(recipe, "model", max_length=128)
-    workdir = tmp_path / "run"
+    workdir = path / "run"
     assert pretrain(recipe, workdir)
     asked = prompts(3)
-    file = write(tmp_path / "prompts.jsonl", asked)
+    file = write(path / "prompts.jsonl", asked)
     options = ["--prompts", str(file), "--num-samples", "2", "--max-new-tokens", "4"]
     rng = np.random.default_rng(0)
     for name in ("helpfulness", "safety"):
@@ -532,10 +556,16 @@ def test_a_real_run_and_what_it_writes(tmp_path):
             lambda leaf: rng.normal(scale=0.15, size=leaf.shape).astype(np.float32),
             abstract_params(recipe.model, "scalar"),
         )
-        save_params(tmp_path / name, params, recipe.model, tokenizer)
-        options += [f"--{name}", str(tmp_path / name)]
-    options += ["--reference", str(workdir), "--num-scored", "3"]
-    rows = written(workdir, *options, "--tensor", "2")
+        save_params(path / name, params, recipe.model, tokenizer)
+        options += [f"--{name}", str(path / name)]
+    options += ["--reference", str(workdir), "--num-scored", "3", "--tensor", "2"]
+    return workdir, asked, options
+
+
+@pytest.mark.slow
+def test_a_real_run_and_what_it_writes(real):
+    workdir, asked, options = real
+    rows = written(workdir, *options)
     assert ["prompts", "3"] in rows and ["reference", str(workdir)] in rows
     assert ["KL from the reference, nats per answer", "0"] in rows
     assert any(row[0] == "reward, mean of Rc" for row in rows)
@@ -547,3 +577,19 @@ def test_a_real_run_and_what_it_writes(tmp_path):
     assert text.count("**Greedy") == text.count("**Temperature 1") == 2
     fences = [t.content for t in Markdown(text).parsed if t.type == "fence"]
     assert fences[0] == asked[0]["messages"][0]["content"] + "\n"
+
+
+@pytest.mark.slow
+def test_two_hosts_make_one_card(real, tmp_path):
+    """The same eight devices, in one process and in two."""
+    workdir, _, options = real
+    written(workdir, *options)
+    text = (workdir / "card.md").read_text()
+    for name in ("card.md", "card.png"):
+        (workdir / name).unlink()
+    program = "import sys, scripts.card as c; raise SystemExit(c.main(sys.argv[2:]))"
+    both = [[str(workdir), *options]] * 2
+    with Job(tmp_path, *both, programs=dict.fromkeys((0, 1), program)) as job:
+        assert job.ends() == [0, 0], job.everything()
+        assert "Written to" in job.said(0) and "Written to" not in job.said(1)
+    assert (workdir / "card.md").read_text() == text

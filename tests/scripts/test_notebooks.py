@@ -18,6 +18,7 @@ import pytest
 from nbmake.nb_run import NotebookRun
 
 import llama_jax
+from llama_jax.config.recipe import load_recipe
 from llama_jax.train.metrics import METRICS, read_metrics
 from tests.architecture.tree import ROOT
 from tests.scripts.documents import cells
@@ -219,11 +220,12 @@ def test_ghost_attention_may_begin_with_the_base_model_of_chat(tmp_path, monkeyp
     monkeypatch.setattr(sys, "path", sys.path.copy())
     ghost_model = beside_the_notebooks(fresh(tmp_path), "ghost_model")
     of_chat = tmp_path / "runs/chat/seed-0/base"
-    (of_chat / "checkpoints/60").mkdir(parents=True)
+    last = str(load_recipe(f"{ROOT}/configs/chat/small.py:base_long").train.num_steps)
+    (of_chat / "checkpoints" / last).mkdir(parents=True)
     assert ghost_model.base_model() == of_chat
 
     own = tmp_path / "runs/notebook-ghost/base"
-    (own / "checkpoints/60").mkdir(parents=True)
+    (own / "checkpoints" / last).mkdir(parents=True)
     assert ghost_model.base_model() == of_chat
     own.with_name("base-256").mkdir()  # its own was begun before
     assert ghost_model.base_model() == own

@@ -80,7 +80,7 @@ def test_a_slice_is_asked_for_and_gets_this_commit_everywhere():
     assert archive[archive.index("--output") + 1] in copy
     assert copy[copy.index("--worker") + 1] == "all"
     install, meet = remote(commands)
-    assert '.venv/bin/pip install --quiet ".[tpu,gcs]"' in install
+    assert '.venv/bin/pip install --quiet ".[tpu,gcs,demo]"' in install
     assert "jax.distributed.initialize()" in meet
 
 
@@ -172,6 +172,25 @@ def test_paths_with_spaces_stay_whole_and_mixtures_are_of_what_was_made():
     assert f"{Path.cwd()}/runs/a chat/rows/ghost" in mixed
 
 
+def test_a_smaller_model_learns_from_what_a_larger_one_wrote():
+    commands = stages(*CHAT, "--selections", "runs/70b")
+    root = Path.cwd() / "runs"
+    sampled = [c[2] for c in commands if c[:2] == ["llama-jax", "sample"]]
+    assert sampled == ["distil", "ghost", "ghost"]
+    learnt = [after("--train", c) for c in commands if c[1:3] == ["data", "dialogs"]]
+    larger = [str(root / f"70b/samples/v{version}.jsonl") for version in range(1, 6)]
+    assert [path for path in learnt if "70b" in path] == larger
+    trained = [after("--workdir", c) for c in commands if c[1:2] == ["train"]]
+    own = [after("--workdir", c) for c in stages(*CHAT) if c[1:2] == ["train"]]
+    assert trained == own
+
+
+def test_a_larger_model_that_wrote_nothing(tmp_path):
+    done = run("chat.sh", *CHAT, "--selections", str(tmp_path))
+    assert done.returncode == 1
+    assert f"{tmp_path} has no samples/v1.jsonl" in done.stderr
+
+
 def test_other_comparisons_are_mixed_in_as_the_recipe_says(tmp_path):
     (tmp_path / "safety_others.jsonl").touch()
     commands = stages(*LLAMA, "--data", str(tmp_path), "--run", str(tmp_path))
@@ -198,17 +217,20 @@ def test_the_options_of_every_stage_are_known(capsys):
         assert "nrecognized" not in said.err and "equired" not in said.err
 
 
-def test_on_a_pod_models_work_on_every_host_and_answer_no_card():
+def test_on_a_pod_models_work_on_every_host():
     commands = stages(*CHAT, "--pod", "pod", "--zone", "us-east5-a")
     assert not any(c[:2] == ["llama-jax", "train"] for c in commands)
     told = [shlex.split(c[-1]) for c in commands if "on_every_host" in c[0]]
     assert {tuple(words[:4]) for words in told} == {
-        ("cd", "llama-jax", "&&", ".venv/bin/llama-jax")
+        ("cd", "llama-jax", "&&", f".venv/bin/{program}")
+        for program in ("llama-jax", "python")
     }
     assert [words[4] for words in told].count("train") == 10
     assert after("--workdir", told[0]) == f"{Path.cwd()}/runs/a chat/sft"
-    cards = [c for c in commands if "scripts.card" in c]
-    assert len(cards) == 18 and not any("--prompts" in c for c in cards)
+    answered = [words for words in told if "scripts.card" in words]
+    assert all("--prompts" in words for words in answered) and len(answered) == 8
+    others = [c for c in commands if "scripts.card" in c]
+    assert len(others) == 10 and not any("--prompts" in c for c in others)
 
 
 def test_what_came_after_the_reward_models_has_its_answers_scored():
@@ -249,6 +271,7 @@ def test_seeds_of_the_small_world_are_runs_of_their_own():
         ((*CHAT, "--seeds", "3"), "--seeds and --prompts are those of --tiny"),
         (("--tiny", "--seeds", "0"), "0 is no count"),
         (("--tiny", "--run", "gs://bucket/chat"), "is a bucket: mount it"),
+        (("--tiny", "--selections", "runs/70b"), "makes its own models"),
         (("--huge",), "There is no option --huge"),
     ],
 )
