@@ -111,7 +111,9 @@ class LLM:
         return score.attention(self.engine, row)
 
     def strongest_attention(self, tokens: ArrayLike) -> Float[np.ndarray, "T T"]:
-        """The highest `attention` of all layers and heads, one layer at a time.
+        """The highest `attention` of all layers and heads: all of it that is read back.
+
+        Before that, `attention` may be on the devices whole.
 
         Raises:
           GenerationError: as `logits`.

@@ -43,7 +43,7 @@ from llama_jax.train import faults
 from llama_jax.train.metrics import METRICS, Record, read_metrics
 from scripts import card_answers, card_plots, card_text
 from scripts.card_answers import cut_mark
-from sharding import ShardingError
+from sharding import ShardingError, hosts
 
 TEXT, PICTURE = "card.md", "card.png"
 
@@ -281,6 +281,11 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
     if args.prompts is not None:
         num_read = max(args.num_samples, args.num_scored)
         prompts = list(itertools.islice(PromptLines(args.prompts), num_read))
+        hosts.require_agreement(
+            prompts=[prompt._asdict() for prompt in prompts],
+            step=run.step,
+            options=vars(args),
+        )
         dtype = run.recipe["train"]["compute_dtype"]
         model = card_answers.load(run.directory, args, dtype)
         if args.reference is not None:

@@ -14,7 +14,7 @@
 # and, where other comparisons are mixed in, helpfulness_others.jsonl and
 # safety_others.jsonl, each with its _validation.jsonl.
 # With --selections, the --run of a larger model, versions learn from the best answers
-# there, and write none. While models write, --tensor devices share the weights. With
+# there in place of their own; V3 still writes for Ghost Attention. While models write, --tensor devices share the weights. With
 # --pod, models run on every host of a TPU VM that has this checkout; --data and --run
 # are then the same file system there and here. What follows -- goes to each
 # `llama-jax train`.
@@ -69,10 +69,13 @@ base=$(absolute "$base") data=$(absolute "$data") selections=$(absolute "$select
 root=$(absolute "${run:-runs/chat}")
 [[ -e $recipes ]] || recipes=$(absolute "$recipes")
 tensor=${tensor:-1}
-[[ -z $selections || -n $dry_run || -e $selections/samples/v1.jsonl ]] || {
-  echo "$selections has no samples/v1.jsonl: give the --run of a larger model." >&2
-  exit 1
-}
+for version in 1 2 3 4 5; do
+  needed=samples/v$version.jsonl
+  [[ -z $selections || -n $dry_run || -e $selections/$needed ]] || {
+    echo "$selections has no $needed: give the --run of a larger model, done." >&2
+    exit 1
+  }
+done
 
 # The environment in use, else the one that `make setup` makes.
 PATH=$PATH:$PWD/.venv/bin
@@ -123,7 +126,7 @@ persist() {
     "$@" || status=$?
     [[ -n $pod ]] || return "$status"
     case $status in
-      75 | 143) ;; # saved, or, by `sample`, as good as saved
+      75 | 143) ;; # saved, or, by `sample` and cards, as good as that
       76) ((losses_left-- > 0)) || return 76 ;;
       *) return "$status" ;;
     esac
@@ -154,8 +157,9 @@ train() {
 
 # sample STEP NAME MODEL [OPTION ...]: what a model makes, to learn from; its card.
 sample() {
-  once "sample-$2" model llama-jax sample "$1" "$run/$3" --output "$run/samples/$2" --seed "$seed" \
-    --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" "${drawn[@]}" "${@:4}"
+  once "sample-$2" model llama-jax sample "$1" "$run/$3" --output "$run/samples/$2" \
+    --seed "$seed" --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" \
+    "${drawn[@]}" "${@:4}"
   once "card-samples-$2" python -m scripts.card "$run/samples/$2"
 }
 

@@ -6,7 +6,8 @@ The run is one of scripts/chat.sh --tiny. From its SFT model and on its comparis
 model is trained in DIR with each margin of Table 27. The table says how often each is
 right about held-out pairs, by rating (Table 28), and how far apart it puts them; the
 picture, how scores spread (Figure 27), and what answers score by what they are worth by
-the rule, in place of people (Figure 29). Started again, it goes on.
+the rule, in place of people (Figure 29). Its own draws are those of seed 0. Started
+again, it goes on.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from rich.table import Table
 from llama_jax.config.finetune import Margin
 from llama_jax.config.recipe import RewardRecipe, load_recipe
 from llama_jax.data import Comparison, ComparisonLines
+from llama_jax.errors import LlamaError
 from llama_jax.finetune.reward import RewardModel, load_reward, train_reward
 from scripts import raters
 from scripts import small_world as world
@@ -52,20 +54,25 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args(argv)
-    begun = args.run / "sft"
+    try:
+        return _compare(args.run, args.output)
+    except LlamaError as error:
+        print(f"reward_margins: {error}", file=sys.stderr)
+        return 1
+
+
+def _compare(run: Path, output: Path) -> int:
     for margin in MARGINS:
-        workdir = args.output / margin
-        if not train_reward(recipe(args.run, margin), workdir, init_from=begun):
+        workdir = output / margin
+        if not train_reward(recipe(run, margin), workdir, init_from=run / "sft"):
             print(f"{workdir} is not at its end: start this again.")
             return 1
-    pairs = list(ComparisonLines(args.run / "data/helpfulness_validation.jsonl"))
-    scores = {
-        margin: scored(load_reward(args.output / margin), pairs) for margin in MARGINS
-    }
+    pairs = list(ComparisonLines(run / "data/helpfulness_validation.jsonl"))
+    scores = {margin: scored(load_reward(output / margin), pairs) for margin in MARGINS}
     console = Console(width=100, record=True)  # as wide as it needs to be, anywhere
     console.print(margin_table(scores, pairs))
-    console.save_text(str(args.output / "margins.txt"))
-    picture(scores, pairs).savefig(args.output / "margins.png", dpi=120)
+    console.save_text(str(output / "margins.txt"))
+    picture(scores, pairs).savefig(output / "margins.png", dpi=120)
     return 0
 
 

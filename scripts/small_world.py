@@ -432,8 +432,8 @@ def ghost_dialogs(
 ) -> Iterator[Dialog]:
     """Plain dialogs for Ghost Attention, longer and more about name and hobby.
 
-    A third of them are in the longer half, which few would be in else. The shortest
-    come first: a batch of them takes as long as its longest.
+    A third of them are drawn from the longer half alone, so that two in three are in
+    it. The shortest come first: a batch of them takes as long as its longest.
     """
     num_long = num // 3
     dialogs = [

@@ -115,7 +115,7 @@ def attention_map(
     Args:
       llm: the model.
       tokens: int[T], as `text.encode_dialog` makes them. Memory grows with T squared,
-        times the heads of a layer.
+        times layers and heads.
       bin_size: tokens in a bin.
 
     Raises:

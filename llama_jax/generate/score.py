@@ -43,7 +43,7 @@ def attention(engine: Engine, ids: Sequence[int]) -> Float[np.ndarray, "L N T T"
 
 
 def strongest_attention(engine: Engine, ids: Sequence[int]) -> Float[np.ndarray, "T T"]:
-    """The highest `attention` of all layers and heads, which never exist together."""
+    """The highest `attention` of all layers and heads: all of it that is read back."""
     weights_TT = np.asarray(_run(engine, _strongest_attention, [ids]))
     return weights_TT[: len(ids), : len(ids)]
 

@@ -156,9 +156,13 @@ def host_loss() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Within this all hosts run together, and end together, whatever they make."""
-    hosts.start(lost_status=EXIT_HOST_LOST)
+def together(**waiting: int) -> Iterator[None]:
+    """Within this all hosts run together, and end together.
+
+    Args:
+      waiting: how long for one another, as `hosts.start` has it.
+    """
+    hosts.start(lost_status=EXIT_HOST_LOST, **waiting)
     hosts.cache_compilations()
     with shared_fate(), host_loss():
         yield

@@ -79,13 +79,11 @@ def run(
 @contextlib.contextmanager
 def hosts_joined(settings: TrainConfig) -> Iterator[faults.Guard]:
     """Within this all hosts run together, and end together; what says when to stop."""
-    hosts.start(
-        heartbeat_seconds=settings.heartbeat_seconds,
-        join_seconds=settings.join_seconds,
-        lost_status=faults.EXIT_HOST_LOST,
-    )
-    hosts.cache_compilations()
-    with faults.shared_fate(), faults.host_loss(), faults.guard(settings) as guard:
+    waiting = {
+        "heartbeat_seconds": settings.heartbeat_seconds,
+        "join_seconds": settings.join_seconds,
+    }
+    with faults.together(**waiting), faults.guard(settings) as guard:
         yield guard
 
 

@@ -226,7 +226,7 @@ def test_a_prompt_of_a_known_risk_gets_its_template(place, monkeypatch):
 
     asked = []
     monkeypatch.setattr(distill, "sampled_answers", ask)
-    short = dict.fromkeys(ANSWER_TEMPLATES, "gu")
+    short = dict(zip(ANSWER_TEMPLATES, ("fo", "gu", "ba"), strict=True))
     monkeypatch.setattr(distill, "ANSWER_TEMPLATES", short)
     first, second, *_ = (question.copy() for question in QUESTIONS)
     prompts.write(
@@ -236,7 +236,8 @@ def test_a_prompt_of_a_known_risk_gets_its_template(place, monkeypatch):
     main([*DISTIL, "--prompts", "risks.jsonl", "--output", "distilled"])
     *_, drawn, template = asked  # after both without any
     assert drawn[0]["content"].startswith("You are a ")
-    assert template == [{"role": "system", "content": "gu"}, *second["messages"]]
+    told = short["unqualified advice"]
+    assert template == [{"role": "system", "content": told}, *second["messages"]]
 
 
 @pytest.mark.parametrize(

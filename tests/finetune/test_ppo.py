@@ -602,6 +602,7 @@ def test_the_commands(recipe, questions, tokenizer, untrained, tmp_path, capsys)
     assert main([*words, "--train.num-steps", "4"]) == 0
     said = capsys.readouterr().out
     assert "iteration 1: reward 0." in said and "divergence 0.00 nats" in said
+    assert re.search(r"s to answer, \d+\.\d of them to copy the policy", said)
     assert "step 4: reward of held-out prompts 0." in said
     assert "Talk to it: llama-jax chat" in said
 

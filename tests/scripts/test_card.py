@@ -579,6 +579,19 @@ def test_a_real_run_and_what_it_writes(real):
     assert fences[0] == asked[0]["messages"][0]["content"] + "\n"
 
 
+CARD = "import sys, scripts.card as c; raise SystemExit(c.main(sys.argv[2:]))"
+
+
+@pytest.mark.slow
+def test_hosts_that_have_other_prompts(real, tmp_path):
+    workdir, asked, options = real
+    other = write(tmp_path / "other.jsonl", asked[:2])
+    both = [[str(workdir), *options], [str(workdir), *options, "--prompts", str(other)]]
+    with Job(tmp_path, *both, programs=dict.fromkeys((0, 1), CARD)) as job:
+        assert all(job.ends()), job.everything()
+        assert "do not agree on options, prompts" in job.said(0)
+
+
 @pytest.mark.slow
 def test_two_hosts_make_one_card(real, tmp_path):
     """The same eight devices, in one process and in two."""
@@ -587,9 +600,8 @@ def test_two_hosts_make_one_card(real, tmp_path):
     text = (workdir / "card.md").read_text()
     for name in ("card.md", "card.png"):
         (workdir / name).unlink()
-    program = "import sys, scripts.card as c; raise SystemExit(c.main(sys.argv[2:]))"
     both = [[str(workdir), *options]] * 2
-    with Job(tmp_path, *both, programs=dict.fromkeys((0, 1), program)) as job:
+    with Job(tmp_path, *both, programs=dict.fromkeys((0, 1), CARD)) as job:
         assert job.ends() == [0, 0], job.everything()
         assert "Written to" in job.said(0) and "Written to" not in job.said(1)
     assert (workdir / "card.md").read_text() == text

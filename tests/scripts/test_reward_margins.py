@@ -8,6 +8,7 @@ import pytest
 from llama_jax.data import Comparison
 from scripts import reward_margins
 from scripts.reward_margins import Scored
+from tests.data.comparisons import write
 
 ASKED = [{"role": "user", "content": "Capital of Vesta?"}]
 RIGHT, TERSE, WRONG = "It is Varno.", "Varno.", "Oslim."
@@ -64,7 +65,49 @@ def test_what_is_not_at_its_end_is_said(tmp_path, monkeypatch, capsys):
     assert "is not at its end: start this again" in capsys.readouterr().out
 
 
+class ByLength:
+    """A model to which a longer answer is a better one."""
+
+    def score(self, dialogs):
+        return np.array([float(len(dialog[-1]["content"])) for dialog in dialogs])
+
+
+def test_all_of_it(tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    rows = [
+        {"messages": ASKED, "chosen": pair.chosen, "rejected": pair.rejected}
+        | {"rating": pair.rating}
+        for pair in PAIRS
+    ]
+    write(tmp_path / "data/helpfulness_validation.jsonl", rows)
+    begun = []
+
+    def train(recipe, workdir, *, init_from):
+        begun.append((recipe.reward.margin, workdir, init_from))
+        workdir.mkdir(parents=True)
+        return True
+
+    monkeypatch.setattr(reward_margins, "train_reward", train)
+    monkeypatch.setattr(reward_margins, "load_reward", lambda workdir: ByLength())
+    output = tmp_path / "margins"
+    assert reward_margins.main([str(tmp_path), "--output", str(output)]) == 0
+    assert begun == [
+        (margin, output / margin, tmp_path / "sft") for margin in reward_margins.MARGINS
+    ]
+    # Of lengths 12 and 6: right but for the pair with 6 of both.
+    shown = (output / "margins.txt").read_text()
+    assert shown.count("66.7%") == shown.count("50.0%") == 3
+    assert shown.count("4.00") == 3
+    assert (output / "margins.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_run_of_the_small_world(tmp_path, capsys):
+    assert reward_margins.main([str(tmp_path), "--output", str(tmp_path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("reward_margins: ") and str(tmp_path) in said
+
+
 def test_a_run_is_needed(capsys):
     with pytest.raises(SystemExit):
-        reward_margins.main([])
-    assert "--output" in capsys.readouterr().err
+        reward_margins.main(["--output", "margins"])
+    assert "required: run" in capsys.readouterr().err

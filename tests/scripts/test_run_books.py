@@ -185,10 +185,13 @@ def test_a_smaller_model_learns_from_what_a_larger_one_wrote():
     assert trained == own
 
 
-def test_a_larger_model_that_wrote_nothing(tmp_path):
-    done = run("chat.sh", *CHAT, "--selections", str(tmp_path))
-    assert done.returncode == 1
-    assert f"{tmp_path} has no samples/v1.jsonl" in done.stderr
+def test_a_larger_model_that_is_not_done(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for missing in range(1, 6):
+        done = run("chat.sh", *CHAT, "--selections", str(tmp_path))
+        assert done.returncode == 1
+        assert f"{tmp_path} has no samples/v{missing}.jsonl" in done.stderr
+        (tmp_path / f"samples/v{missing}.jsonl").touch()
 
 
 def test_other_comparisons_are_mixed_in_as_the_recipe_says(tmp_path):
