@@ -109,18 +109,27 @@ def num_slices(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def decoding_mesh(tensor: int) -> jax.sharding.Mesh:
-    """All devices of all hosts, for models that write.
+def decoding_mesh(
+    tensor: int,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    slices: int | None = None,
+) -> jax.sharding.Mesh:
+    """Devices for models that write.
 
     Args:
       tensor: devices that share a copy of the weights; all the others have their own,
         and do as much.
+      devices: all of all hosts, if not given.
+      slices: that they form; what they say themselves, if not given.
 
     Raises:
-      ShardingError: it does not divide the devices of a slice.
+      ShardingError: `tensor` does not divide the devices of a slice.
     """
-    slices = num_slices(jax.devices())
-    return make_mesh(MeshConfig(data=FILL, fsdp=1, tensor=tensor, dcn_data=slices))
+    devices = jax.devices() if devices is None else devices
+    slices = num_slices(devices) if slices is None else slices
+    config = MeshConfig(data=FILL, fsdp=1, tensor=tensor, dcn_data=slices)
+    return make_mesh(config, devices)
 
 
 def make_mesh(

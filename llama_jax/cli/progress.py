@@ -70,6 +70,7 @@ def training_progress(num_steps: int) -> Iterator[Watch]:
                     f"{record['answer_seconds']:.1f} s to answer, "
                     f"{record['reshard_seconds']:.1f} of them to copy the policy",
                     highlight=False,
+                    soft_wrap=True,
                 )
             elif "validation_reward" in record:
                 console.print(

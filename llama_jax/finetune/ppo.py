@@ -98,9 +98,9 @@ from llama_jax.train.step import (
     make_eval_step,
     make_train_step,
 )
-from sharding import MeshConfig, decoding_rules, hosts, make_mesh
+from sharding import decoding_rules, hosts
 from sharding.axes import Tree
-from sharding.mesh import FILL
+from sharding.mesh import decoding_mesh
 
 _log = logging.getLogger(__name__)
 
@@ -587,13 +587,11 @@ def _require_room(prepared: Prepared, recipe: PpoRecipe) -> None:
 
 def _decoding_mesh(recipe: PpoRecipe, sharded: ShardedLlama) -> jax.sharding.Mesh:
     """The same devices: some share the weights, and groups of these the prompts."""
-    config = MeshConfig(
-        data=FILL,
-        fsdp=1,
-        tensor=recipe.ppo.decode_tensor,
-        dcn_data=recipe.mesh.num_slices,
+    mesh = decoding_mesh(
+        recipe.ppo.decode_tensor,
+        devices=list(sharded.mesh.devices.flat),
+        slices=recipe.mesh.num_slices,
     )
-    mesh = make_mesh(config, list(sharded.mesh.devices.flat))
     params_layout(recipe.model, mesh, decoding_rules())  # refuses what does not divide
     return mesh
 
