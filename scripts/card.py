@@ -41,6 +41,7 @@ from llama_jax.finetune.shards import Shards
 from llama_jax.model import num_params
 from llama_jax.train import faults
 from llama_jax.train.metrics import METRICS, Record, read_metrics
+from llama_jax.train.run import BEGINNING
 from scripts import card_answers, card_plots, card_text
 from scripts.card_answers import cut_mark
 from sharding import ShardingError, hosts
@@ -246,10 +247,12 @@ class Run:
 
     @property
     def began_with(self) -> dict[str, str]:
-        """The model that it went on from, which PPO alone writes down."""
+        """The model that it went on from, if any; PPO keeps that with its sizes."""
         try:
-            plan = json.loads((self.directory / PLAN).read_text())
-            return {"began with": plan["init_from"]}
+            if self.stage == PpoRecipe.stage:
+                plan = json.loads((self.directory / PLAN).read_text())
+                return {"began with": plan["init_from"]}
+            return {"began with": (self.directory / BEGINNING).read_text().strip()}
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 

@@ -219,7 +219,7 @@ chat() {
   # 4. Versions 1 to 5 by rejection sampling (section 3.2.3), each from the base: up to
   #    V3 on the best of the newest answers, then on the best of all; and from V4 on
   #    with Ghost Attention (section 3.3).
-  local version newest=distilled keep=latest iterations=() winners paths weights
+  local version newest=distilled keep=latest iterations=() winners paths weights steps
   for version in 1 2 3 4 5; do
     ((version < 4)) || keep=all
     winners=$selections/samples/v$version.jsonl
@@ -233,7 +233,7 @@ chat() {
     fi
     rows dialogs "v$version" "$winners" "$held_out" --row-length "$length"
     paths=("$run/rows/sft" "$run/rows/v$version" "$run/rows/distilled")
-    weights=(5 4 1)
+    weights=(5 4 1) steps=()
     if ((version == 4)); then
       ghost last "$data/ghost.jsonl" --num-samples "$samples"
       ghost all "$data/ghost_all.jsonl" --num-samples 1
@@ -242,10 +242,10 @@ chat() {
     fi
     if ((version >= 4)); then
       paths+=("$run/rows/ghost")
-      weights+=(6)
+      weights+=(5) steps=("${ghost_steps[@]}")
     fi
     train sft "v$version" "$base" --data.paths "${paths[@]}" \
-      --data.weights "${weights[@]}"
+      --data.weights "${weights[@]}" "${steps[@]}"
     newest=v$version
   done
 
@@ -278,13 +278,15 @@ compare_answers() {
 
 if [[ -z $tiny ]]; then
   length=4096 context=4096 prompt_length=2048 answer=1024 samples=20 dtype=bfloat16
-  run=$root seed=0 seeded=() drawn=()
+  run=$root seed=0 seeded=() drawn=() ghost_steps=()
   chat
   exit
 fi
 recipes=configs/chat/small.py prompts=${prompts:-1000}
 length=512 context=192 prompt_length=128 answer=24 samples=4 dtype=float32
 drawn=(--temperature 0.5) # a small model errs more, and its reward models see less
+# A third of them for rows of Ghost Attention, and as many as else for the others.
+ghost_steps=(--train.num-steps 510)
 runs=()
 for ((seed = 0; seed < ${seeds:-1}; seed++)); do
   run=$root/seed-$seed data=$root/seed-$seed/data base=$root/seed-$seed/base

@@ -17,7 +17,7 @@ import llama_jax
 import sharding
 from llama_jax.build import ShardedLlama, build_for
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.checkpoint.params import TOKENIZER, load_leaves, place
+from llama_jax.checkpoint.params import TOKENIZER, absolute, load_leaves, place
 from llama_jax.config.recipe import TrainingRecipe, differences, to_json
 from llama_jax.config.train import TrainConfig
 from llama_jax.conversion import AnyCheckpoint, open_any
@@ -45,6 +45,9 @@ from sharding import hosts, make_mesh
 from sharding.axes import Tree
 
 _log = logging.getLogger(__name__)
+
+# In the work directory: the path of the model that the run went on from.
+BEGINNING = "init_from.txt"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +112,8 @@ def _run(
         hosts.require_agreement(checkpoints=checkpoints.steps)
         with hosts.failing_together():
             keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
+            if init_from is not None and not checkpoints.steps:
+                keep_beginning(workdir, init_from)
         state, position = _restore_or(
             stage, init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
@@ -229,6 +234,17 @@ def keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> Non
                 "ids mean other text. Use another --workdir."
             )
         kept.write_bytes(content)
+    except OSError as error:
+        raise CheckpointError(f"{kept} cannot be written: {error}.") from error
+
+
+def keep_beginning(workdir: epath.Path, init_from: epath.PathLike) -> None:
+    """Write down what a run goes on from; the first host does."""
+    if jax.process_index() != 0:
+        return
+    kept = workdir / BEGINNING
+    try:
+        kept.write_text(f"{absolute(place(init_from))}\n")
     except OSError as error:
         raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 

@@ -209,6 +209,8 @@ def test_any_run(run, tmp_path):
     rows = written(workdir)
     assert ["stage", "pretraining"] in rows
     assert not any(row[0] == "began with" for row in rows)
+    (workdir / "init_from.txt").write_text("runs/before\n")
+    assert ["began with", "runs/before"] in written(workdir)
     assert ["parameters", f"{num_params(recipe.model):,}"] in rows
     assert ["newest checkpoint", "step 4"] in rows
     for name in ("train", "validation"):

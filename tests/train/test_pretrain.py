@@ -144,6 +144,12 @@ def test_init_from_begins_with_those_parameters(whole, data, tmp_path):
     # The first learning rate of a warm-up is 0: the parameters are those given.
     runs.require_equal(runs.saved(tmp_path / "run", 1), runs.saved(whole, 8))
     assert steps(tmp_path / "run")[1]["loss"] < steps(whole)[2]["loss"] - 0.3
+    kept = (tmp_path / "run/init_from.txt").read_text()
+    assert kept == f"{tmp_path / 'params'}\n"
+    # What is given when the run goes on changes nothing, and is not written down.
+    longer = runs.changed(recipe, "train", num_steps=recipe.train.num_steps + 1)
+    pretrain(longer, tmp_path / "run", init_from=whole)
+    assert (tmp_path / "run/init_from.txt").read_text() == kept
 
 
 def test_init_from_another_model_is_refused(whole, data, tmp_path):
