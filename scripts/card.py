@@ -34,7 +34,7 @@ from llama_jax.config.recipe import PpoRecipe, PretrainRecipe, RewardRecipe
 from llama_jax.data import PromptLines
 from llama_jax.errors import CheckpointError, DataError, LlamaError
 from llama_jax.finetune import distill, gatt, shards
-from llama_jax.finetune.ppo_state import PLAN
+from llama_jax.finetune.ppo_state import PLAN, best_policy
 from llama_jax.finetune.rejection import MANIFEST, Iteration, best_of, reward_curve
 from llama_jax.finetune.rollout import Rollout
 from llama_jax.finetune.shards import Shards
@@ -256,6 +256,14 @@ class Run:
         except (OSError, ValueError, KeyError, TypeError):
             return {}
 
+    @property
+    def answering(self) -> epath.Path:
+        """The model whose answers are shown: PPO's best, where it looks for one."""
+        if self.stage != PpoRecipe.stage:
+            return self.directory
+        ppo = self.recipe["ppo"]
+        return best_policy(self.directory, ppo["patience"], ppo.get("max_kl"))
+
 
 def run_card(run: Run, args: argparse.Namespace) -> Card:
     """The card of pretraining, fine-tuning, a reward model or PPO."""
@@ -290,7 +298,7 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
             options=vars(args),
         )
         dtype = run.recipe["train"]["compute_dtype"]
-        model = card_answers.load(run.directory, args, dtype)
+        model = card_answers.load(run.answering, args, dtype)
         if args.reference is not None:
             asked = prompts[: args.num_scored]
             told = card_answers.scored(model, asked, args)
@@ -300,30 +308,38 @@ def run_card(run: Run, args: argparse.Namespace) -> Card:
             plots += card_plots.of_answers(told)
         shown = card_answers.shown(model, prompts[: args.num_samples], args)
         sections["Samples"] = card_text.samples(shown)
+        if run.answering != run.directory:  # it is not the newest
+            what["answers are those of"] = str(run.answering)
+            sections["What it is"] = card_text.facts(what)
     return Card(f"{run.stage.capitalize()}: {run.directory}", sections, plots)
 
 
 def iteration_card(iteration: Iteration, num_samples: int) -> Card:
     """The card of an iteration of rejection sampling."""
-    plan, rewards = iteration.plan, iteration.rewards()
-    rollouts, curve = list(iteration.rollouts()), reward_curve(rewards)
+    rewards = iteration.rewards()
+    curve = reward_curve(rewards)
     num_prompts, num_answers = rewards.shape
-    is_whole = [answer.is_whole for rollout in rollouts for answer in rollout.answers]
-    num_learnable = sum(best_of(rollout) is not None for rollout in rollouts)
-    what = {"stage": "rejection sampling", **asked_for(plan)}
+    num_cut = num_learnable = 0
+    shown = list[card_text.Sample]()
+    for rollout in iteration.rollouts():
+        num_cut += sum(not answer.is_whole for answer in rollout.answers)
+        num_learnable += best_of(rollout) is not None
+        if len(shown) < num_samples:
+            shown.append(best_and_worst(rollout))
+    what = {"stage": "rejection sampling", **asked_for(iteration.plan)}
     told = {
         "prompts": f"{num_prompts:,}",
         "answers": f"{rewards.size:,}",
         "mean reward": f"{rewards.mean():.4g}",
         f"best of {num_answers}": f"{curve.max[-1]:.4g}",
-        "answers that were cut": f"{1 - np.mean(is_whole):.1%}",
+        "answers that were cut": f"{num_cut / rewards.size:.1%}",
         "prompts with an answer to learn from": f"{num_learnable:,}",
     }
     sections = {
         "What it is": card_text.facts(what),
         "Rewards": card_text.facts(told),
         "Reward curve": card_text.curve_table(curve),
-        "Samples": card_text.samples(map(best_and_worst, rollouts[:num_samples])),
+        "Samples": card_text.samples(shown),
     }
     plots = card_plots.of_iteration(rewards, curve)
     return Card(f"Rejection sampling: {iteration.path}", sections, plots)

@@ -10,6 +10,7 @@ from typing import Any
 from llama_jax.data import Prepared
 from llama_jax.data.prepare import TRAIN
 from llama_jax.errors import DataError
+from llama_jax.finetune.ppo_state import best_pass
 from llama_jax.finetune.rejection import RewardCurve
 from llama_jax.text.chat import Message
 from llama_jax.train.metrics import Record
@@ -120,15 +121,12 @@ def held_out_table(passes: Sequence[Record], max_kl: float | None) -> str:
             for form, value in zip(forms, values, strict=True)
         ]
         rows.append((f"{record['step']:,}", *told))
-    near, within = passes, ""
-    if max_kl is not None:
-        near = [r for r in passes if r.get("validation_kl", 0.0) <= max_kl]
-        within = f" within {max_kl:g} nats of the reference"
-    best = f"No pass was{within}."
-    if near:
-        reward = _at(max(series(near, "validation_reward"), key=_value))
-        best = f"The best reward{within} was {reward}."
-    return f"{table(('step', *labels), rows)}\n\n{best}"
+    within = "" if max_kl is None else f" within {max_kl:g} nats of the reference"
+    summary = f"No pass was{within}."
+    if best := best_pass(passes, max_kl):
+        reward = _at((best["step"], best["validation_reward"]))
+        summary = f"The best reward{within} was {reward}."
+    return f"{table(('step', *labels), rows)}\n\n{summary}"
 
 
 def curve_table(curve: RewardCurve) -> str:

@@ -2,8 +2,8 @@
 # Llama 2-Chat: from a base model to its last version, stage after stage.
 #
 #   scripts/chat.sh --recipes FILE.py --base CHECKPOINT --data DIR --run DIR
-#       [--selections RUN] [--tensor N] [--pod NAME --zone ZONE] [--dry-run]
-#       [-- OPTION ...]
+#       [--selections RUN] [--tensor N] [--batch-size N] [--pod NAME --zone ZONE]
+#       [--dry-run] [-- OPTION ...]
 #   scripts/chat.sh --tiny [--run DIR] [--seeds N] [--prompts N] [--dry-run]
 #       [-- OPTION ...]
 #
@@ -14,9 +14,10 @@
 # and, where other comparisons are mixed in, helpfulness_others.jsonl and
 # safety_others.jsonl, each with its _validation.jsonl.
 # With --selections, the --run of a larger model, versions learn from the best answers
-# there in place of their own; V3 still writes for Ghost Attention. While models write, --tensor devices share the weights. With
-# --pod, models run on every host of a TPU VM that has this checkout; --data and --run
-# are then the same file system there and here. What follows -- goes to each
+# there in place of their own; V3 still writes for Ghost Attention. While models write,
+# --tensor devices share the weights, and --batch-size prompts are answered at a time.
+# With --pod, models run on every host of a TPU VM that has this checkout; --data and
+# --run are then the same file system there and here. What follows -- goes to each
 # `llama-jax train`.
 #
 # --tiny needs nothing: a small world whose truth is a rule makes the data, compares
@@ -34,13 +35,14 @@ usage() {
   exit 2
 }
 
-recipes='' base='' data='' run='' selections='' tensor='' pod='' zone='' dry_run=''
-tiny='' seeds='' prompts=''
+recipes='' base='' data='' run='' selections='' tensor='' batch='' pod='' zone=''
+dry_run='' tiny='' seeds='' prompts=''
 while [[ $# -gt 0 ]]; do
   case $1 in
     --recipes | --base | --data | --run | --selections | --tensor | --pod | --zone | \
       --seeds | --prompts)
       declare "${1#--}=${2:?$1 needs a value}"; shift 2 ;;
+    --batch-size) batch=${2:?$1 needs a value}; shift 2 ;;
     --tiny) tiny=yes; shift ;;
     --dry-run) dry_run=yes; shift ;;
     --) shift; break ;;
@@ -48,11 +50,11 @@ while [[ $# -gt 0 ]]; do
   esac
 done
 options=("$@")
-for count in "${tensor:-1}" "${seeds:-1}" "${prompts:-1}"; do
+for count in "${tensor:-1}" "${batch:-1}" "${seeds:-1}" "${prompts:-1}"; do
   [[ $count =~ ^[1-9][0-9]*$ ]] || usage "$count is no count: give 1 or more."
 done
 if [[ -n $tiny ]]; then
-  [[ -z $recipes$base$data$selections$tensor$pod$zone ]] ||
+  [[ -z $recipes$base$data$selections$tensor$batch$pod$zone ]] ||
     usage '--tiny makes its own models and data.'
 else
   [[ -n $recipes && -n $base && -n $data && -n $run ]] || usage
@@ -68,7 +70,7 @@ absolute() { [[ -z $1 || $1 == /* || $1 == *://* ]] && echo "$1" || echo "$here/
 base=$(absolute "$base") data=$(absolute "$data") selections=$(absolute "$selections")
 root=$(absolute "${run:-runs/chat}")
 [[ -e $recipes ]] || recipes=$(absolute "$recipes")
-tensor=${tensor:-1}
+tensor=${tensor:-1} batch=${batch:-32}
 for version in 1 2 3 4 5; do
   needed=samples/v$version.jsonl
   [[ -z $selections || -n $dry_run || -e $selections/$needed ]] || {
@@ -95,26 +97,24 @@ fi
 # once MARK [model] COMMAND: show it and do it, unless it is done, which leaves a mark.
 # What begins with `model` runs on every host of the pod, if there is one.
 once() {
-  local mark=$run/done/$1 words shown
+  local mark=$run/done/$1 words asked where=here
   shift
+  [[ $1 != model ]] || { where=${pod:-here}; shift; }
   words=("$@")
-  if [[ $1 == model ]]; then
-    words=("${@:2}")
-    [[ -z $pod ]] || words=(scripts/on_every_host.sh "$pod" --zone "$zone" --
-      "cd llama-jax && $(printf '%q ' ".venv/bin/$2" "${@:3}")")
-  fi
-  shown=$(printf '%q ' "${words[@]}")
+  asked=$(printf '%q ' "${words[@]}") # wherever it runs
   if [[ -e $mark ]]; then
-    [[ $(<"$mark") != "${shown% }" ]] || return 0
+    [[ $(<"$mark") != "${asked% }" ]] || return 0
     printf '%s was done by another command,\n  %s\nand not by\n  %s\n%s\n' "${mark##*/}" \
-      "$(<"$mark")" "$shown" 'Use another --run, or go on as it began.' >&2
+      "$(<"$mark")" "$asked" 'Use another --run, or go on as it began.' >&2
     exit 1
   fi
-  printf '\n$ %s\n' "$shown"
+  [[ $where == here ]] || words=(scripts/on_every_host.sh "$pod" --zone "$zone" --
+    "cd llama-jax && .venv/bin/$asked")
+  printf '\n$ %s\n' "$(printf '%q ' "${words[@]}")"
   [[ -z $dry_run ]] || return 0
   persist "${words[@]}"
   mkdir -p "$run/done"
-  echo "${shown% }" >"$mark.partial"
+  echo "${asked% }" >"$mark.partial"
   mv "$mark.partial" "$mark"
 }
 
@@ -159,7 +159,7 @@ train() {
 sample() {
   once "sample-$2" model llama-jax sample "$1" "$run/$3" --output "$run/samples/$2" \
     --seed "$seed" --max-new-tokens "$answer" --tensor "$tensor" --dtype "$dtype" \
-    "${drawn[@]}" "${@:4}"
+    --batch-size "$batch" "${drawn[@]}" "${@:4}"
   once "card-samples-$2" python -m scripts.card "$run/samples/$2"
 }
 
@@ -172,8 +172,7 @@ join() {
 }
 
 joined() {
-  cat "${@:2}" >"$1.partial"
-  mv "$1.partial" "$1"
+  cat "${@:2}" >"$1.partial" && mv "$1.partial" "$1"
 }
 
 # ghost RESAMPLE DIALOGS [OPTION ...]: rows of Ghost Attention, of V3.

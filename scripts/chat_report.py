@@ -64,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=int, default=300)
     parser.add_argument("--dialogs", type=int, default=48, help="of twenty turns")
     args = parser.parse_args(argv)
+    args.output.mkdir(parents=True, exist_ok=True)
     results = [measured(run, args.prompts, args.dialogs) for run in args.runs]
     console = Console(width=120, record=True)  # as wide as it needs to be, anywhere
     console.print(stage_table(results))

@@ -9,14 +9,16 @@
 Orbax writes a step in the background and makes it visible only when it is whole.
 """
 
+import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from orbax.checkpoint import checkpoint_managers as ocm
 
 from llama_jax.checkpoint.params import (
     TOKENIZER,
@@ -63,12 +65,15 @@ class RunCheckpoints:
         registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
         for item in ("params", "optimizer"):
             registry.add(item, ocp.args.PyTreeSave, uncompressed())
+        self._best = _Best()
+        policies: list[ocm.PreservationPolicy] = [ocm.LatestN(keep_latest), self._best]
+        if keep_period:
+            policies.append(ocm.EveryNSteps(keep_period))
         try:
             self._manager = ocp.CheckpointManager(
                 self._directory,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep_latest,
-                    keep_period=keep_period or None,
+                    preservation_policy=ocm.AnyPreservationPolicy(policies),
                     enable_async_checkpointing=True,
                 ),
                 handler_registry=registry,
@@ -106,6 +111,10 @@ class RunCheckpoints:
     def steps(self) -> list[int]:
         """Steps that are whole, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def keep_best(self, step: int) -> None:
+        """This step stays until there is a better one, however old it gets."""
+        self._best.step = step
 
     def save(
         self, step: int, state: State, position: int, recipe: TrainingRecipe
@@ -231,6 +240,22 @@ class RunCheckpoints:
             )
         if changed:
             _log.warning("Resuming with a changed recipe: %s.", _listed(changed))
+
+
+@dataclasses.dataclass
+class _Best(ocm.PreservationPolicy):
+    """Preserves one step, which may change."""
+
+    step: int | None = None
+
+    def should_preserve(
+        self,
+        checkpoints: Sequence[ocm.PolicyCheckpointInfo],
+        *,
+        context: ocm.PreservationContext,
+    ) -> Sequence[bool]:
+        """Of each checkpoint, whether it is that one."""
+        return [checkpoint.step == self.step for checkpoint in checkpoints]
 
 
 class _Damaged(Exception):

@@ -80,6 +80,10 @@ class _Step(abc.ABC):
         """All devices of all hosts."""
         return decoding_mesh(self.tensor)
 
+    def _remedies(self) -> str:
+        """What to change where it does not fit into memory."""
+        return f"more --tensor (now {self.tensor})"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Sampling(_Step):
@@ -104,6 +108,14 @@ class _Sampling(_Step):
     batch_size: int = 32
     dtype: ComputeType | None = None
     cache_length: int | None = None
+
+    def _remedies(self) -> str:
+        return (
+            f"a smaller --batch-size (now {self.batch_size}, each with all its "
+            f"answers); --dtype bfloat16 (now {self.dtype or 'that of the files'}); "
+            f"a shorter --cache-length (now {self.cache_length or 'the context'}); "
+            f"{super()._remedies()}"
+        )
 
     def _sampler(self) -> TopP:
         """How answers are drawn."""
@@ -435,7 +447,8 @@ def run(argv: Sequence[str]) -> int:
     if step.dry_run:
         print(step._summary())
         return 0
-    with faults.together():
+    memory = faults.out_of_memory("what is made at a time", step._remedies())
+    with faults.together(), memory:
         print(step._make())
     return 0
 

@@ -20,6 +20,7 @@ from llama_jax.config.recipe import (
 )
 from llama_jax.data import open_data
 from llama_jax.errors import DataError, RecipeError
+from llama_jax.finetune.ppo_state import best_policy
 from llama_jax.finetune.stages import kind_of
 from llama_jax.model.count import num_params
 from llama_jax.train.faults import EXIT_PREEMPTED
@@ -93,7 +94,7 @@ def run(argv: Sequence[str]) -> int:
     if not finished:
         print("Saved and stopped as asked; the same command goes on from here.")
         return EXIT_PREEMPTED
-    print(f"Done. {_what_next(recipe)}".format(options.workdir))
+    print(f"Done. {_what_next(recipe, options.workdir)}")
     return 0
 
 
@@ -104,12 +105,15 @@ def _beside(recipe: TrainingRecipe) -> str:
     return ""
 
 
-def _what_next(recipe: TrainingRecipe) -> str:
+def _what_next(recipe: TrainingRecipe, workdir: str) -> str:
     if isinstance(recipe, RewardRecipe):
-        return "Score with it: llama_jax.finetune.reward.load_reward({!r})"
-    if isinstance(recipe, SftRecipe | PpoRecipe):
-        return "Talk to it: llama-jax chat {}"
-    return "Let it write: llama-jax generate {} --prompt The"
+        return f"Score with it: llama_jax.finetune.reward.load_reward({workdir!r})"
+    if isinstance(recipe, PpoRecipe):
+        best = best_policy(workdir, recipe.ppo.patience, recipe.ppo.max_kl)
+        return f"Talk to it: llama-jax chat {best}"
+    if isinstance(recipe, SftRecipe):
+        return f"Talk to it: llama-jax chat {workdir}"
+    return f"Let it write: llama-jax generate {workdir} --prompt The"
 
 
 def _num_steps(recipe: TrainingRecipe) -> int:

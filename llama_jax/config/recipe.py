@@ -230,17 +230,13 @@ class PpoRecipe(TrainingRecipe):
             raise ConfigError(
                 "data.segments is set, and a row holds a single prompt: unset it."
             )
-        if ppo.patience is not None:
-            waited = ppo.patience * train.validate_every
-            # One more than those: a preemption saves, too.
-            kept = (train.keep_latest - 2) * train.checkpoint_every
-            if train.validate_every % train.checkpoint_every or kept < waited:
-                raise ConfigError(
-                    f"ppo.patience {ppo.patience} ends a run {waited} steps after its "
-                    "best, whose checkpoint is gone by then: make train.validate_every "
-                    f"{train.validate_every} a multiple of train.checkpoint_every "
-                    f"{train.checkpoint_every}, and train.keep_latest large enough."
-                )
+        if ppo.patience is not None and train.validate_every % train.checkpoint_every:
+            raise ConfigError(
+                f"ppo.patience {ppo.patience} ends a run after its best, which no "
+                f"checkpoint would have: make train.validate_every "
+                f"{train.validate_every} a multiple of train.checkpoint_every "
+                f"{train.checkpoint_every}."
+            )
 
     @property
     def iteration_steps(self) -> int:
@@ -449,7 +445,7 @@ def paper_ppo(
             num_steps=400 * 8,
             validate_every=10 * 8,
             checkpoint_every=10 * 8,
-            keep_latest=5,
+            keep_latest=2,
         ),
         mesh=mesh,
         sequence_parallel=False,

@@ -434,6 +434,7 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
 
     def save() -> None:
         with clock.measure("save"):
+            run.checkpoints.keep_best(int(state.best.step))
             items = ppo_items(state, run.reader.policy)
             run.checkpoints.save(step, items, position, recipe)
 
@@ -498,7 +499,7 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
         return True
     if step >= settings.num_steps and recipe.ppo.patience is not None:
         _log.info("At the last step, %d: %s.", step, state.best)
-    return step >= settings.num_steps
+    return int(state.best.seen) >= settings.num_steps  # its pass is made
 
 
 def _gathered(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,12 +10,14 @@ import numpy as np
 from etils import epath
 
 from llama_jax.build import ShardedLlama
+from llama_jax.checkpoint.manager import CHECKPOINTS
 from llama_jax.checkpoint.params import absolute, place
 from llama_jax.config.recipe import PpoRecipe
 from llama_jax.data import Experience
 from llama_jax.errors import CheckpointError
 from llama_jax.finetune.experience import placed
 from llama_jax.finetune.rollout import Judge, checksum
+from llama_jax.train.metrics import METRICS, Record, read_metrics
 from llama_jax.train.state import TrainState, from_items, to_items
 from sharding.axes import Tree
 
@@ -55,6 +57,40 @@ class Best(NamedTuple):
             f"held-out prompts were rewarded best, with {self.reward:.4f}, after step "
             f"{self.step}, and {self.num_worse} passes since have not beaten it"
         )
+
+
+def best_pass(records: Iterable[Record], max_kl: float | None) -> Record | None:
+    """The best pass over held-out prompts of a run, by its metrics.
+
+    The first of equals, and of those alone that are within `max_kl`; None without one.
+    """
+    passes = [
+        record
+        for record in records
+        if "validation_reward" in record
+        and (max_kl is None or record.get("validation_kl", 0.0) <= max_kl)
+    ]
+    return max(passes, key=lambda record: record["validation_reward"], default=None)
+
+
+def best_policy(
+    workdir: epath.PathLike, patience: int | None, max_kl: float | None
+) -> epath.Path:
+    """Where the policy is that a run has found best; without an early stop, the newest.
+
+    Where no pass was within `max_kl`, it is what the run began with.
+
+    Raises:
+      CheckpointError: what the run began with is not known any more.
+    """
+    workdir = place(workdir)
+    if patience is None:
+        return workdir
+    best = best_pass(read_metrics(workdir / METRICS), max_kl)
+    if best is not None:
+        return workdir / CHECKPOINTS / str(best["step"])
+    plan = _read_plan(workdir / PLAN)
+    return workdir if plan is None else place(plan["init_from"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +166,12 @@ def plan_of(recipe: PpoRecipe, reference: Tree, judge: Judge) -> dict[str, Any]:
         "batch_size": recipe.train.batch_size,
         "sequence_length": recipe.data.sequence_length,
         "compute_dtype": recipe.train.compute_dtype,
-        "max_kl": recipe.ppo.max_kl,  # else the best so far may be beyond another one
+        "seed": recipe.train.seed,  # else answers of an iteration are learnt twice
+        # Else the best so far was measured, or bounded, otherwise than what follows.
+        "threshold": recipe.ppo.threshold,
+        "max_new_tokens": recipe.ppo.max_new_tokens,
+        "temperature": recipe.ppo.temperature,
+        "max_kl": recipe.ppo.max_kl,
     }
 
 

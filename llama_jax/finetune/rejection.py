@@ -281,13 +281,11 @@ def select(
     best = dict[str, tuple[Winner, Iteration]]()
     keys = set[str]()
     for iteration in iterations if keep == "all" else iterations[-1:]:
-        rollouts = list(iteration.rollouts())
-        keys |= {_key(rollout.prompt) for rollout in rollouts}
-        winners = [
-            _winner(iteration, rollout, number)
-            for rollout in rollouts
-            if (number := best_of(rollout)) is not None
-        ]
+        winners = list[Winner]()
+        for rollout in iteration.rollouts():
+            keys.add(_key(rollout.prompt))
+            if (number := best_of(rollout)) is not None:
+                winners.append(_winner(iteration, rollout, number))
         if judge is not None:
             winners = _scored_again(iteration, winners, judge)
         for winner in winners:

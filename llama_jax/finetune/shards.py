@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -31,6 +32,8 @@ _Parsed = TypeVar("_Parsed")
 Watch = Callable[[int, int], None]
 
 _BATCH = "batch_size"
+# A network file system may remember for a while that something was not there.
+_SECONDS_TO_SHOW = 90
 
 
 class Kind(NamedTuple):
@@ -124,8 +127,8 @@ class Shards:
           watch: told the items that are done, and how many there are.
 
         Raises:
-          DataError: the directory was begun otherwise or holds other files, its
-            manifest is damaged, or it cannot be written.
+          DataError: the directory has files that were asked for otherwise, or others;
+            its manifest is damaged; it cannot be written, or hosts do not share it.
           ShardingError: hosts see different files.
         """
         with hosts.failing_together():
@@ -135,6 +138,8 @@ class Shards:
         if not is_begun:
             manifest = self.path / self.kind.manifest
             write(manifest, json.dumps(self.plan, indent=2) + "\n")
+            with hosts.failing_together():
+                _require_shared(manifest)
         for number in range(self.num_files):
             items = self.items(number)
             if number not in finished:
@@ -159,6 +164,8 @@ class Shards:
             for name, value in self.plan.items()
             if plan.get(name) != value
         ]
+        if changes and not Shards(kind, directory, plan).finished():
+            return False  # what was asked made nothing: it may not have fitted
         if changes:
             raise DataError(
                 f"{directory} holds {kind.article} {kind.noun} that was begun "
@@ -279,6 +286,18 @@ def write(path: epath.Path, content: str) -> None:
                 os.close(descriptor)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error}.") from error
+
+
+def _require_shared(path: epath.Path) -> None:
+    """Every host sees what the first one wrote, once its file system has told it."""
+    for _ in range(_SECONDS_TO_SHOW):
+        if path.exists():
+            return
+        time.sleep(1)
+    raise DataError(
+        f"{path} was written by the first host, and host {jax.process_index()} does "
+        "not see it: choose a directory that all hosts share."
+    )
 
 
 def line(row: Mapping[str, Any]) -> str:

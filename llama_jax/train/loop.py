@@ -16,6 +16,7 @@ from llama_jax.train.metrics import Sink, Stopwatch
 from llama_jax.train.objective import Objective
 from llama_jax.train.state import TrainState, to_items
 from llama_jax.train.step import EvalStep, TrainStep
+from sharding import hosts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +60,27 @@ def train(run: Run, state: TrainState, data: Iterable[AnyBatch], position: int) 
       position: rows consumed before.
 
     Returns:
-      Whether the run has reached its end.
+      Whether the run has reached its end, and was validated there.
     """
     settings = run.recipe.train
     clock = Stopwatch()
     first = step = int(state.step)
+    is_validated = True
+
+    def validated() -> bool:
+        with clock.measure("validate"):
+            report = validate(run, state)
+        if report is not None:
+            run.sink.write(step, **report)
+        return report is not None
+
     with (
         jax.set_mesh(run.mesh),
         profiler(run.profile, run.profile_dir) as profile,
     ):
+        if step == settings.num_steps:
+            is_due = hosts.any_host(run.sink.lacks(step, "validation_loss"))
+            is_validated = not is_due or validated()  # a signal came before it could be
         remaining = range(first + 1, settings.num_steps + 1)
         for step, batch in zip(remaining, clock.waiting(data), strict=False):
             profile(step)
@@ -79,10 +92,7 @@ def train(run: Run, state: TrainState, data: Iterable[AnyBatch], position: int) 
             if decision.validate or decision.save:
                 run.sink.flush()  # a bad step is found before it is saved
             if decision.validate:
-                with clock.measure("validate"):
-                    report = validate(run, state)
-                if report is not None:
-                    run.sink.write(step, **report)
+                is_validated = validated()
             if decision.save:
                 with clock.measure("save"):
                     run.checkpoints.save(step, to_items(state), position, run.recipe)
@@ -90,7 +100,7 @@ def train(run: Run, state: TrainState, data: Iterable[AnyBatch], position: int) 
                 break
         run.sink.flush()
         run.sink.write(step, time_shares=clock.shares())
-    return step >= settings.num_steps
+    return step >= settings.num_steps and is_validated
 
 
 def validate(run: Run, state: TrainState) -> dict[str, Any] | None:

@@ -148,6 +148,10 @@ class Sink:
             self._files.write(record)
         self._watch(record)
 
+    def lacks(self, step: int, name: str) -> bool:
+        """Whether a value of a step was never written; the first host knows."""
+        return self._files is not None and self._files.lacks(step, name)
+
     def _write_step(self, step: int, measured: Measured) -> None:
         read: Measured = jax.device_get(measured)
         now = time.perf_counter()
@@ -205,6 +209,10 @@ class _Files:
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
                 self._board.add_scalar(name, value, record["step"])
+
+    def lacks(self, step: int, name: str) -> bool:
+        records = map(json.loads, self._lines)
+        return not any(r["step"] == step and name in r for r in records)
 
     def flush(self) -> None:
         if not self._appends:

@@ -112,8 +112,8 @@ def _run(
         hosts.require_agreement(checkpoints=checkpoints.steps)
         with hosts.failing_together():
             keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
-            if init_from is not None and not checkpoints.steps:
-                keep_beginning(workdir, init_from)
+            if init_from is not None:
+                keep_beginning(workdir, init_from, resumed=bool(checkpoints.steps))
         state, position = _restore_or(
             stage, init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
@@ -238,13 +238,25 @@ def keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> Non
         raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 
 
-def keep_beginning(workdir: epath.Path, init_from: epath.PathLike) -> None:
-    """Write down what a run goes on from; the first host does."""
+def keep_beginning(
+    workdir: epath.Path, init_from: epath.PathLike, *, resumed: bool
+) -> None:
+    """Write down what a run goes on from, or see that it did; the first host does."""
     if jax.process_index() != 0:
         return
-    kept = workdir / BEGINNING
+    kept, asked = workdir / BEGINNING, str(absolute(place(init_from)))
     try:
-        kept.write_text(f"{absolute(place(init_from))}\n")
+        if not resumed:
+            kept.write_text(f"{asked}\n")
+        elif kept.exists() and (before := kept.read_text().strip()) != asked:
+            _log.warning(
+                "%s holds a run that began with %s, and goes on from its own "
+                "checkpoint: %s is not read. If that is another model and not the same "
+                "at a new place, use another --workdir.",
+                workdir,
+                before,
+                asked,
+            )
     except OSError as error:
         raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 

@@ -17,6 +17,7 @@ from llama_jax.finetune import distill
 from llama_jax.finetune.answers import sampled_answers
 from llama_jax.finetune.distill import ANSWER_TEMPLATES
 from llama_jax.finetune.rejection import Iteration
+from llama_jax.generate import Generator
 from tests.data import dialogs, prompts
 from tests.endtoend.jobs import Job
 from tests.finetune.judges import policy_params, reward
@@ -293,6 +294,17 @@ def test_a_run_is_refused_before_anything_is_written(argv, reason, place, capsys
     prompts.write(place / "harmless.jsonl", QUESTIONS[2:3])
     assert reason in refused(capsys, [*argv, "--output", "new"])
     assert not (place / "new").exists()
+
+
+def test_what_does_not_fit_is_told_what_makes_it_smaller(place, monkeypatch, capsys):
+    def exhausted(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 17 GiB of 16 GiB")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Generator, "generate", exhausted)
+        said = refused(capsys, [*ANSWERS, "--output", "smaller"])
+    assert "17 GiB of 16 GiB" in said and "a smaller --batch-size (now " in said
+    assert main([*ANSWERS, "--output", "smaller", "--batch-size", "2"]) == 0
 
 
 def test_all_devices_take_part(place, monkeypatch):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 
 import llama_jax
 from llama_jax.build import build
@@ -27,7 +28,7 @@ from llama_jax.errors import (
     TokenizerError,
     TrainingError,
 )
-from llama_jax.finetune import estimators, ppo
+from llama_jax.finetune import estimators, ppo, ppo_state
 from llama_jax.finetune.experience import make_learnt
 from llama_jax.finetune.ppo import PolicyObjective, ValueObjective
 from llama_jax.finetune.ppo_state import Best
@@ -494,17 +495,37 @@ def test_it_stops_early(recipe, untrained, tmp_path, monkeypatch, caplog):
     patient = runs.changed(
         recipe, "train", num_steps=40, validate_every=2, checkpoint_every=1
     )
-    patient = runs.changed(patient, "train", keep_latest=6)
+    patient = runs.changed(patient, "train", keep_latest=1)
     patient = runs.changed(patient, "ppo", patience=2)
     assert ppo.ppo(patient, tmp_path, init_from=untrained)
     assert len(told(tmp_path, "validation_reward")) == 3
     assert told(tmp_path, "loss")[-1] is not None and len(told(tmp_path, "loss")) == 6
     assert "Stopped early at step 6" in caplog.text
     assert "after step 2, and 2 passes since" in caplog.text
-    kept = set(os.listdir(tmp_path / "checkpoints"))
-    assert {"2", "6"} <= kept
+    assert set(os.listdir(tmp_path / "checkpoints")) == {"2", "6"}
+    best = ppo_state.best_policy(tmp_path, patience=2, max_kl=None)
+    assert best == epath.Path(tmp_path / "checkpoints/2")
+    assert ppo_state.best_policy(tmp_path, None, None) == epath.Path(tmp_path)
+    none_within = ppo_state.best_policy(tmp_path, patience=2, max_kl=-1.0)
+    assert str(none_within) == str(untrained)
     assert ppo.ppo(patient, tmp_path)  # and is at its end
     assert len(told(tmp_path, "loss")) == 6
+
+
+def test_a_last_pass_that_a_signal_ended_is_made_up_for(
+    recipe, untrained, tmp_path, monkeypatch
+):
+    short = runs.changed(
+        recipe, "train", num_steps=4, validate_every=4, checkpoint_every=4
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(ppo, "held_out_pass", lambda *args: None)
+        assert not ppo.ppo(short, tmp_path, init_from=untrained)
+    assert told(tmp_path, "validation_reward") == []
+    assert len(told(tmp_path, "loss")) == 4
+    assert ppo.ppo(short, tmp_path)
+    assert len(told(tmp_path, "validation_reward")) == 1
+    assert len(told(tmp_path, "loss")) == 4
 
 
 def test_far_from_the_reference_no_reward_counts(
@@ -513,7 +534,7 @@ def test_far_from_the_reference_no_reward_counts(
     """However well held-out prompts are rewarded, as where reward models err."""
     monkeypatch.setattr(Judge, "scores", by_rule)
     free = runs.changed(longer, "train", validate_every=4, checkpoint_every=4)
-    free = runs.changed(free, "train", keep_latest=4)
+    free = runs.changed(free, "train", keep_latest=1)
     free = runs.changed(free, "ppo", patience=2)
     assert ppo.ppo(free, tmp_path / "free", init_from=untrained)
     kl, rewards = (
@@ -722,11 +743,18 @@ class TestErrors:
         swapped = runs.changed(recipe, "ppo", safety=recipe.ppo.helpfulness)
         with pytest.raises(CheckpointError, match="began otherwise: safety was"):
             ppo.ppo(swapped, whole)
-        more = runs.changed(recipe, "ppo", prompts=16)
-        with pytest.raises(
-            CheckpointError, match="began otherwise: prompts was 32, now"
-        ):
-            ppo.ppo(more, whole)
+        for part, name, value in [
+            ("ppo", "prompts", 16),
+            ("ppo", "threshold", 0.25),
+            ("ppo", "temperature", 0.5),
+            ("ppo", "max_new_tokens", MAX_NEW_TOKENS - 1),
+            ("train", "seed", 99),
+        ]:
+            before = getattr(getattr(recipe, part), name)
+            with pytest.raises(
+                CheckpointError, match=f"otherwise: {name} was {before}, now {value}"
+            ):
+                ppo.ppo(runs.changed(recipe, part, **{name: value}), whole)
 
     def test_a_run_that_is_none_of_ppo(self, whole, recipe, untrained, tmp_path):
         run = shutil.copytree(whole, tmp_path / "run")
@@ -746,7 +774,6 @@ class TestErrors:
             ("train", {"num_steps": 0}, "0, and an iteration has 4 steps"),
             ("ppo", {"max_new_tokens": LENGTH}, "leaves no room for a prompt"),
             ("data", {"segments": True}, "a row holds a single prompt"),
-            ("ppo", {"patience": 2}, "whose checkpoint is gone by then"),
             ("ppo", {"critic": "both"}, "ppo.critic is 'both': it must be one of"),
             ("ppo", {"clip": 1.0}, "ppo.clip is 1.0: it must be above 0 and below 1"),
             ("ppo", {"threshold": 0.0}, "ppo.threshold is 0.0"),
@@ -767,3 +794,8 @@ class TestErrors:
     def test_settings(self, recipe, part, values, message):
         with pytest.raises(ConfigError, match=message):
             runs.changed(recipe, part, **values)
+
+    def test_a_best_pass_that_would_not_be_saved(self, recipe):
+        rare = runs.changed(recipe, "train", validate_every=6, checkpoint_every=4)
+        with pytest.raises(ConfigError, match=r"validate_every 6 a multiple of .* 4\."):
+            runs.changed(rare, "ppo", patience=2)

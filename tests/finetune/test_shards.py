@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import pytest
 from etils import epath
 
@@ -106,6 +107,28 @@ def test_a_directory_that_was_begun_otherwise(whole):
     with pytest.raises(DataError, match="num_words was 5 and is 4; temperature was No"):
         written(whole, num_words=4, temperature=1.0)
     assert content(whole) == before
+
+
+def test_what_made_nothing_binds_no_one(tmp_path):
+    """As where it did not fit into memory, and is given again with smaller batches."""
+
+    def exhausted(numbers):
+        raise MemoryError
+
+    path = tmp_path / "new"
+    with pytest.raises(MemoryError):
+        written(path, make=exhausted, batch_size=4)
+    assert written(path, batch_size=1).num_rows == 3
+    assert json.loads((path / "list.json").read_text())["batch_size"] == 1
+
+
+def test_a_directory_that_this_host_does_not_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)  # which writes nothing
+    monkeypatch.setattr(shards, "_SECONDS_TO_SHOW", 1)
+    made = []
+    with pytest.raises(DataError, match="list.json was .*, and host 1 does not see it"):
+        written(tmp_path / "new", make=made.append)
+    assert not made
 
 
 def test_a_directory_of_something_else(tmp_path):

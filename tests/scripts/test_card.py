@@ -1,5 +1,6 @@
 """Cards: what they say is what runs and iterations wrote, whatever a model wrote."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -329,6 +330,17 @@ def test_the_best_reward_is_one_within_the_bound(max_kl, said):
     far = {**held_out(0.75), "validation_kl": 100.0}
     passes = [{"step": 2, **held_out(0.375)}, {"step": 3, **far}]
     assert card_text.held_out_table(passes, max_kl).endswith(f"\n\n{said}")
+
+
+def test_answers_of_ppo_are_those_of_its_best(run):
+    recipe = runs.ppo_recipe("data", 48, helpfulness="h", safety="s")
+    passes = [{"step": 2, **held_out(0.375)}, {"step": 4, **held_out(0.3125)}]
+    workdir = run(recipe, [*STEPS, *passes])
+    made = card.Run.open(epath.Path(workdir))
+    assert made.answering == made.directory  # there is no early stop
+    patient = {**made.recipe, "ppo": {**made.recipe["ppo"], "patience": 2}}
+    made = dataclasses.replace(made, recipe=patient)
+    assert made.answering == made.directory / "checkpoints/2"
 
 
 def test_a_pass_from_before_divergence_was_measured():

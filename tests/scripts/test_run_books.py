@@ -135,7 +135,8 @@ def after(option: str, command: list[str]) -> str:
 
 
 def test_every_version_of_the_chat_model_begins_with_the_base():
-    commands = stages(*CHAT, "--tensor", "8", "--", "--train.batch-size", "32")
+    sizes = ("--tensor", "8", "--batch-size", "4")
+    commands = stages(*CHAT, *sizes, "--", "--train.batch-size", "32")
     trained = [c for c in commands if c[:2] == ["llama-jax", "train"]]
     run, base = f"{Path.cwd()}/runs/a chat", "gs://bucket/llama-2-7b"
     assert [after("--workdir", c) for c in trained] == [
@@ -151,6 +152,7 @@ def test_every_version_of_the_chat_model_begins_with_the_base():
     newest = ("distilled", "v1", "v2", "v3", "v4")
     assert [c[3] for c in answers] == [f"{run}/{name}" for name in newest]
     assert {after("--tensor", c) for c in answers} == {"8"}
+    assert {after("--batch-size", c) for c in answers} == {"4"}
     assert not any("small" in word for command in commands for word in command)
 
 
@@ -275,6 +277,7 @@ def test_seeds_of_the_small_world_are_runs_of_their_own():
         (("--tiny", "--seeds", "0"), "0 is no count"),
         (("--tiny", "--run", "gs://bucket/chat"), "is a bucket: mount it"),
         (("--tiny", "--selections", "runs/70b"), "makes its own models"),
+        ((*CHAT, "--batch-size", "all"), "all is no count"),
         (("--huge",), "There is no option --huge"),
     ],
 )
@@ -334,6 +337,31 @@ def test_the_book_stops_where_a_command_fails_and_goes_on_there(told, tmp_path):
     done = start("nothing", *words, "--tensor", "4")
     assert done.returncode == 1
     assert "was done by another command" in done.stderr
+
+
+def test_rows_that_cannot_be_joined_are_not_joined(told, tmp_path):
+    start, _ = told
+    rows = tmp_path / "chat/samples/distilled/rows-00000-of-00001.jsonl"
+    rows.mkdir(parents=True)  # a directory, which cannot be read as a file
+    done = start("nothing", *LLAMA, "--data", str(tmp_path))
+    assert done.returncode != 0
+    assert not (tmp_path / "chat/samples/distilled.jsonl").exists()
+    assert not (tmp_path / "chat/done/join-distilled").exists()
+
+
+def test_a_run_may_go_on_on_another_pod(told, tmp_path):
+    """What was done is known by the command, wherever it ran."""
+    start, log = told
+    words = (*LLAMA, "--data", str(tmp_path))
+    start("samples/distilled", *words)
+    (mark,) = (tmp_path / "chat/done").glob("train-sft")
+    assert mark.read_text().startswith("llama-jax train configs/chat/llama2_7b.py:sft")
+    before = len(log())
+    pod = ("--pod", "pod", "--zone", "us-east5-a", "--dry-run")
+    done = start("nothing", *words, *pod)
+    assert done.returncode == 0 and len(log()) == before
+    assert "chat/sft" in done.stdout  # of others, as what they begin with
+    assert "--workdir " + str(tmp_path / "chat/sft") not in done.stdout
 
 
 def test_two_books_do_not_write_to_one_place(told, tmp_path):

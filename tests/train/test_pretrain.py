@@ -136,7 +136,7 @@ def test_accumulation_gives_the_same_losses(whole, data, tmp_path):
         assert record["loss"] == pytest.approx(expected, abs=1e-4), step
 
 
-def test_init_from_begins_with_those_parameters(whole, data, tmp_path):
+def test_init_from_begins_with_those_parameters(whole, data, tmp_path, caplog):
     llm = llama_jax.load(whole)
     llm.save(tmp_path / "params")
     recipe = runs.changed(runs.recipe(data), "train", checkpoint_every=1, keep_latest=8)
@@ -146,9 +146,10 @@ def test_init_from_begins_with_those_parameters(whole, data, tmp_path):
     assert steps(tmp_path / "run")[1]["loss"] < steps(whole)[2]["loss"] - 0.3
     kept = (tmp_path / "run/init_from.txt").read_text()
     assert kept == f"{tmp_path / 'params'}\n"
-    # What is given when the run goes on changes nothing, and is not written down.
-    longer = runs.changed(recipe, "train", num_steps=recipe.train.num_steps + 1)
-    pretrain(longer, tmp_path / "run", init_from=whole)
+    # What is given when the run goes on changes nothing, which is said.
+    assert "is not read" not in caplog.text
+    pretrain(recipe, tmp_path / "run", init_from=whole)
+    assert f"{whole} is not read" in caplog.text
     assert (tmp_path / "run/init_from.txt").read_text() == kept
 
 
@@ -389,6 +390,24 @@ def test_a_signal_at_any_moment_saves_and_loses_nothing(
     assert [steps(tmp_path)[s]["loss"] for s in range(1, 9)] == [
         steps(whole)[s]["loss"] for s in range(1, 9)
     ]
+
+
+def test_a_last_validation_that_a_signal_ended_is_made_up_for(
+    data, tmp_path, monkeypatch
+):
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", lambda run, state: None)
+        assert not pretrain(runs.recipe(data), tmp_path)
+    runs.saved(tmp_path, 8)
+
+    def validated() -> list[int]:
+        records = read_metrics(tmp_path / METRICS)
+        return [r["step"] for r in records if "validation_loss" in r]
+
+    assert validated() == []
+    for _ in range(2):  # once is enough
+        assert pretrain(runs.recipe(data), tmp_path)
+        assert validated() == [8]
 
 
 def test_out_of_memory_names_the_remedies(data, tmp_path, monkeypatch):
