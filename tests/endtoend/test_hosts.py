@@ -193,9 +193,9 @@ def test_a_second_signal_stops_at_once_and_the_last_checkpoint_is_whole(
 SIGNALLED = """
 import os, signal
 from llama_jax.checkpoint.manager import RunCheckpoints
-from llama_jax.train import loop, pretrain
-owner, name = {{"compile": (pretrain, "make_train_step"),
-               "restore": (pretrain, "_restore_or"),
+from llama_jax.train import loop, run
+owner, name = {{"compile": (run, "make_train_step"),
+               "restore": (run, "_restore_or"),
                "validate": (loop, "validate"),
                "save": (RunCheckpoints, "save")}}[{moment!r}]
 work = getattr(owner, name)
