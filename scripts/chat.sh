@@ -26,6 +26,7 @@
 # Stopped at any moment and started again, it goes on. docs/chat.md says what each stage
 # is; RUN/STAGE/card.md, what became of it. It needs the extra `demo`, for the plots.
 set -euo pipefail
+shopt -s extglob # +(...) in ${name//pattern/}
 here=$PWD
 cd "$(dirname "$0")/.."
 
@@ -95,17 +96,19 @@ if [[ -z $dry_run ]]; then
 fi
 
 # once MARK [model] COMMAND: show it and do it, unless it is done, which leaves a mark.
-# What begins with `model` runs on every host of the pod, if there is one.
+# What begins with `model` runs on every host of the pod, if there is one. Where it runs,
+# and with how many devices and prompts at a time, may change: what is made does not.
 once() {
-  local mark=$run/done/$1 words asked where=here
+  local mark=$run/done/$1 words asked known where=here
   shift
   [[ $1 != model ]] || { where=${pod:-here}; shift; }
   words=("$@")
-  asked=$(printf '%q ' "${words[@]}") # wherever it runs
+  asked=$(printf '%q ' "${words[@]}")
+  known=${asked//--@(tensor|batch-size) +([0-9]) /}
   if [[ -e $mark ]]; then
-    [[ $(<"$mark") != "${asked% }" ]] || return 0
+    [[ $(<"$mark") != "${known% }" ]] || return 0
     printf '%s was done by another command,\n  %s\nand not by\n  %s\n%s\n' "${mark##*/}" \
-      "$(<"$mark")" "$asked" 'Use another --run, or go on as it began.' >&2
+      "$(<"$mark")" "$known" 'Use another --run, or go on as it began.' >&2
     exit 1
   fi
   [[ $where == here ]] || words=(scripts/on_every_host.sh "$pod" --zone "$zone" --
@@ -114,7 +117,7 @@ once() {
   [[ -z $dry_run ]] || return 0
   persist "${words[@]}"
   mkdir -p "$run/done"
-  echo "${asked% }" >"$mark.partial"
+  echo "${known% }" >"$mark.partial"
   mv "$mark.partial" "$mark"
 }
 

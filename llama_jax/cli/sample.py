@@ -111,10 +111,10 @@ class _Sampling(_Step):
 
     def _remedies(self) -> str:
         return (
-            f"a smaller --batch-size (now {self.batch_size}, each with all its "
-            f"answers); --dtype bfloat16 (now {self.dtype or 'that of the files'}); "
-            f"a shorter --cache-length (now {self.cache_length or 'the context'}); "
-            f"{super()._remedies()}"
+            f"{super()._remedies()}; a smaller --batch-size (now {self.batch_size}, "
+            "each with all its answers); --dtype bfloat16 (now "
+            f"{self.dtype or 'that of the files'}); a shorter --cache-length (now "
+            f"{self.cache_length or 'the context'})"
         )
 
     def _sampler(self) -> TopP:

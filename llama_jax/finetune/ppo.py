@@ -448,7 +448,7 @@ def _train(run: _Run, state: PpoState, position: int) -> bool:
         return dataclasses.replace(state, best=state.best.after(reward, step))
 
     with jax.set_mesh(run.reader.policy.mesh), profiler(*run.profile) as profile:
-        is_due = step % settings.validate_every == 0 or step == settings.num_steps
+        is_due = step % settings.validate_every == 0 or step >= settings.num_steps
         if step > state.best.seen and is_due:
             state = validated()  # a signal came before it could be
         while step < settings.num_steps and not _is_over(recipe, state.best):

@@ -62,7 +62,8 @@ class Best(NamedTuple):
 def best_pass(records: Iterable[Record], max_kl: float | None) -> Record | None:
     """The best pass over held-out prompts of a run, by its metrics.
 
-    The first of equals, and of those alone that are within `max_kl`; None without one.
+    The first of equals, as `Best` counts them, and of those alone that are within
+    `max_kl`; None without one.
     """
     passes = [
         record
@@ -70,7 +71,9 @@ def best_pass(records: Iterable[Record], max_kl: float | None) -> Record | None:
         if "validation_reward" in record
         and (max_kl is None or record.get("validation_kl", 0.0) <= max_kl)
     ]
-    return max(passes, key=lambda record: record["validation_reward"], default=None)
+    return max(
+        passes, key=lambda record: np.float32(record["validation_reward"]), default=None
+    )
 
 
 def best_policy(

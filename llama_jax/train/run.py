@@ -112,8 +112,7 @@ def _run(
         hosts.require_agreement(checkpoints=checkpoints.steps)
         with hosts.failing_together():
             keep_tokenizer(workdir, sets[0], resumed=bool(checkpoints.steps))
-            if init_from is not None:
-                keep_beginning(workdir, init_from, resumed=bool(checkpoints.steps))
+            keep_beginning(workdir, init_from, resumed=bool(checkpoints.steps))
         state, position = _restore_or(
             stage, init_from, recipe, sharded, optimizer, checkpoints, sets[0]
         )
@@ -239,24 +238,28 @@ def keep_tokenizer(workdir: epath.Path, data: Prepared, *, resumed: bool) -> Non
 
 
 def keep_beginning(
-    workdir: epath.Path, init_from: epath.PathLike, *, resumed: bool
+    workdir: epath.Path, init_from: epath.PathLike | None, *, resumed: bool
 ) -> None:
     """Write down what a run goes on from, or see that it did; the first host does."""
     if jax.process_index() != 0:
         return
-    kept, asked = workdir / BEGINNING, str(absolute(place(init_from)))
+    kept = workdir / BEGINNING
+    asked = None if init_from is None else str(absolute(epath.Path(init_from)))
     try:
-        if not resumed:
-            kept.write_text(f"{asked}\n")
-        elif kept.exists() and (before := kept.read_text().strip()) != asked:
+        before = kept.read_text().strip() if kept.exists() else None
+        if resumed and asked not in (None, before):
             _log.warning(
                 "%s holds a run that began with %s, and goes on from its own "
                 "checkpoint: %s is not read. If that is another model and not the same "
                 "at a new place, use another --workdir.",
                 workdir,
-                before,
+                before or "no other model",
                 asked,
             )
+        elif not resumed and asked is not None:
+            kept.write_text(f"{asked}\n")
+        elif not resumed:
+            kept.unlink(missing_ok=True)
     except OSError as error:
         raise CheckpointError(f"{kept} cannot be written: {error}.") from error
 

@@ -528,6 +528,20 @@ def test_a_last_pass_that_a_signal_ended_is_made_up_for(
     assert len(told(tmp_path, "loss")) == 4
 
 
+def test_a_run_that_is_past_its_last_step_is_at_its_end(
+    recipe, untrained, tmp_path, monkeypatch
+):
+    asked = runs.changed(
+        recipe, "train", num_steps=12, validate_every=8, checkpoint_every=8
+    )
+    with monkeypatch.context() as patch:  # a signal comes at step 8
+        patch.setattr(ppo, "held_out_pass", lambda *args: None)
+        assert not ppo.ppo(asked, tmp_path, init_from=untrained)
+    fewer = runs.changed(asked, "train", num_steps=4, validate_every=3)
+    assert ppo.ppo(fewer, tmp_path)
+    assert len(told(tmp_path, "loss")) == 8
+
+
 def test_far_from_the_reference_no_reward_counts(
     longer, untrained, tmp_path, monkeypatch, caplog
 ):

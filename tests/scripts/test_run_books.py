@@ -334,9 +334,23 @@ def test_the_book_stops_where_a_command_fails_and_goes_on_there(told, tmp_path):
     assert log()[: len(lines) + 1] == [*lines, lines[-1]]
     assert (tmp_path / "chat/samples/ghost.jsonl").read_text() == "{}\n{}\n"
 
-    done = start("nothing", *words, "--tensor", "4")
+    done = start("nothing", *words, "--base", "gs://bucket/another")
     assert done.returncode == 1
     assert "was done by another command" in done.stderr
+
+
+def test_what_does_not_fit_may_go_on_with_other_sizes(told, tmp_path):
+    start, log = told
+    words = (*LLAMA, "--data", str(tmp_path))
+    start("samples/distilled", *words)
+    (failed,) = (line for line in log() if "samples/distilled" in line)
+    before = len(log())
+    sizes = ("--tensor", "8", "--batch-size", "4")
+    start("samples/distilled", *words, *sizes)
+    (again,) = log()[before:]  # nothing that was done is done once more
+    assert "--tensor 1 " in failed and "--batch-size 32 " in failed
+    smaller = failed.replace("--tensor 1 ", "--tensor 8 ")
+    assert again == smaller.replace("--batch-size 32 ", "--batch-size 4 ")
 
 
 def test_rows_that_cannot_be_joined_are_not_joined(told, tmp_path):
@@ -361,7 +375,13 @@ def test_a_run_may_go_on_on_another_pod(told, tmp_path):
     done = start("nothing", *words, *pod)
     assert done.returncode == 0 and len(log()) == before
     assert "chat/sft" in done.stdout  # of others, as what they begin with
-    assert "--workdir " + str(tmp_path / "chat/sft") not in done.stdout
+    lines = [line for line in done.stdout.splitlines() if line.startswith("$ ")]
+    remote = [shlex.split(line)[-1] for line in lines]  # a command is one word there
+    trained = {
+        name: f"--workdir {tmp_path}/chat/{name} " for name in ("sft", "distilled")
+    }
+    assert not any(trained["sft"] in command for command in remote)
+    assert any(trained["distilled"] in command for command in remote)
 
 
 def test_two_books_do_not_write_to_one_place(told, tmp_path):

@@ -153,6 +153,16 @@ def test_init_from_begins_with_those_parameters(whole, data, tmp_path, caplog):
     assert (tmp_path / "run/init_from.txt").read_text() == kept
 
 
+def test_a_run_that_began_with_no_model_reads_none_later(whole, data, tmp_path, caplog):
+    recipe = runs.changed(runs.recipe(data), "train", num_steps=1)
+    (tmp_path / "init_from.txt").write_text("runs/that-never-was-saved\n")
+    pretrain(recipe, tmp_path)
+    assert not (tmp_path / "init_from.txt").exists()
+    pretrain(recipe, tmp_path, init_from=whole)
+    assert "began with no other model" in caplog.text
+    assert f"{whole} is not read" in caplog.text
+
+
 def test_init_from_another_model_is_refused(whole, data, tmp_path):
     recipe = runs.changed(runs.recipe(data), "model", hidden_dim=96)
     with pytest.raises(CheckpointError, match=r"model.hidden_dim is 160, now 96"):
