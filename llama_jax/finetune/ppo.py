@@ -334,7 +334,8 @@ def _ppo(
         plan = plan_of(recipe, reference, judge) | {"init_from": str(beginning)}
         with hosts.failing_together():
             require_plan(workdir / PLAN, plan, resumed=resumed)
-        critic = _critic(recipe, policy, judge)
+        config: LlamaConfig = getattr(judge, recipe.ppo.critic).sharded.config
+        critic = build_critic(config, policy)
         state, position = _restore_or(recipe, policy, critic, checkpoints, source)
         programs = make_programs(recipe, policy, critic)
         with hosts.failing_together():
@@ -563,9 +564,8 @@ def _critic_optimizer(recipe: PpoRecipe) -> OptimizerConfig:
     return dataclasses.replace(recipe.optimizer, peak_lr=peak_lr)
 
 
-def _critic(recipe: PpoRecipe, policy: ShardedLlama, judge: Judge) -> ShardedLlama:
+def build_critic(config: LlamaConfig, policy: ShardedLlama) -> ShardedLlama:
     """A model of the sizes of the reward model it begins as, trained as the policy."""
-    config: LlamaConfig = getattr(judge, recipe.ppo.critic).sharded.config
     return build(
         config,
         policy.mesh,

@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Array, Float, Int
 
 from llama_jax.build import ShardedLlama, build
+from llama_jax.config import LlamaConfig
 from llama_jax.config.finetune import Margin
 from llama_jax.config.recipe import RewardRecipe
 from llama_jax.conversion import AnyCheckpoint, open_any
@@ -24,12 +25,14 @@ from llama_jax.errors import CheckpointError, DataError
 from llama_jax.finetune.preference import MARGINS, ranking_loss, safety_loss
 from llama_jax.generate.rows import length_bucket, num_rows_for, padded
 from llama_jax.model import tiles
+from llama_jax.model.flash import FlashAttention, FlashOrTiles
+from llama_jax.model.transformer import Attend
 from llama_jax.text import Tokenizer, encode_example
 from llama_jax.text.chat import Message
 from llama_jax.train.metrics import Record
 from llama_jax.train.objective import Objective, as_written, in_order
 from llama_jax.train.run import Stage, run
-from sharding import MeshConfig, axes, decoding_rules, hosts, make_mesh
+from sharding import AxisRules, MeshConfig, axes, decoding_rules, hosts, make_mesh
 from sharding.axes import Tree
 from sharding.mesh import axis_size
 
@@ -257,8 +260,7 @@ class RewardModel:
         # Of like length together, so that little of a batch is padding.
         order = np.argsort([len(row) for row in rows], kind="stable")
         scores = np.zeros(len(rows), np.float32)
-        parts = self.sharded.rules.mesh_axes(axes.BATCH)
-        at_once = _ROWS * axis_size(self.sharded.mesh, parts)
+        at_once = rows_at_once(self.sharded)
         for start in range(0, len(rows), at_once):
             chosen = order[start : start + at_once]
             scores[chosen] = self._score([rows[i] for i in chosen])
@@ -271,16 +273,22 @@ class RewardModel:
         last = np.zeros(num_rows, np.int32)
         last[: len(rows)] = [len(row) - 1 for row in rows]
         with jax.set_mesh(sharded.mesh):
-            scores = _last_scores(
+            scores = last_scores(
                 sharded.model, self.params, padded(rows, num_rows, length), last
             )
         return np.asarray(scores)[: len(rows)]
 
 
+def rows_at_once(sharded: ShardedLlama) -> int:
+    """Rows that a reward model scores in one call of `last_scores`, at most."""
+    return _ROWS * axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.BATCH))
+
+
 @functools.partial(jax.jit, static_argnames="model")
-def _last_scores(
+def last_scores(
     model: Any, params: Tree, tokens_BT: Int[Array, "B T"], last_B: Int[Array, " B"]
 ) -> Float[Array, " B"]:
+    """Compiled: the score of each row, which stands at its last token."""
     tokens_BT = model.constrain(tokens_BT, axes.BATCH, None)
     scores_BT = model.apply({"params": params}, tokens_BT)
     scores_B = jnp.take_along_axis(scores_BT, last_B[:, None], axis=1)[:, 0]
@@ -329,14 +337,29 @@ def load_reward(
         source, tokenizer = open_reward(path)
     if mesh is None:
         mesh = make_mesh(MeshConfig(fsdp=1), jax.devices()[:1])
-    sharded = build(
-        source.config,
-        mesh,
-        decoding_rules(),
-        dtype=dtype,
-        remat="none",
-        attend=tiles.attend,  # whose memory does not grow with the square of a row
-        head="scalar",
-    )
+    sharded = build_reward(source.config, mesh, dtype=dtype)
     params = source.load(sharded.param_shardings, dtype=jnp.dtype(dtype))
     return RewardModel(sharded, params, tokenizer)
+
+
+def build_reward(
+    config: LlamaConfig, mesh: jax.sharding.Mesh, *, dtype: str
+) -> ShardedLlama:
+    """The model of a `RewardModel`; arguments and errors are those of `load_reward`."""
+    rules = decoding_rules()
+    return build(
+        config,
+        mesh,
+        rules,
+        dtype=dtype,
+        remat="none",
+        attend=_attention(mesh, rules),
+        head="scalar",
+    )
+
+
+def _attention(mesh: jax.sharding.Mesh, rules: AxisRules) -> Attend:
+    """Whose memory does not grow with the square of a row; on TPUs the kernel."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return tiles.attend
+    return FlashOrTiles(flash=FlashAttention(mesh=mesh, rules=rules))

@@ -211,7 +211,7 @@ def make_logprobs(sharded: ShardedLlama) -> LogprobsStep:
     temperature 1, with nothing cut off.
 
     The results are whole on every device. Rows are as many as the mesh divides, and
-    what the caller has room for.
+    what the caller has room for. Called inside `jax.set_mesh(sharded.mesh)`.
     """
 
     def step(
@@ -222,19 +222,13 @@ def make_logprobs(sharded: ShardedLlama) -> LogprobsStep:
             token_logprobs(sharded, reference, tokens_BT),
         )
 
-    compiled = jax.jit(
+    return jax.jit(
         step,
         # Rows may lie anywhere, or be NumPy's, the same on every host.
         in_shardings=(sharded.param_shardings, sharded.param_shardings, None),
         out_shardings=sharded.sharding(),
         compiler_options=compiler_options(sharded.mesh),
     )
-
-    def run(policy: Tree, reference: Tree, tokens: ArrayLike) -> tuple[Array, Array]:
-        with jax.set_mesh(sharded.mesh):
-            return compiled(policy, reference, tokens)
-
-    return run
 
 
 def token_logprobs(

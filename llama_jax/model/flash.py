@@ -20,6 +20,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jaxtyping import Array, Float
 
 from llama_jax.errors import ConfigError
+from llama_jax.model import tiles
 from llama_jax.model.mask import Mask
 from sharding import AxisRules, axes, context, per_device
 
@@ -56,21 +57,28 @@ class Blocks:
         Raises:
           ConfigError: the row is not made of whole tiles.
         """
-        fitted = Blocks(
-            **{
-                field.name: min(getattr(self, field.name), length)
-                for field in dataclasses.fields(self)
-            }
-        )
-        for field in dataclasses.fields(self):
-            tile = getattr(fitted, field.name)
-            if length % tile or tile % _LANES:
+        fitted = self._at_most(length)
+        for tile in dataclasses.astuple(fitted):
+            if not _is_whole(tile, length):
                 raise ConfigError(
                     f"sequences of {length} positions do not divide into the "
                     f"attention kernel's tiles of {tile}: use a multiple of {tile}, "
                     'or attention "dot".'
                 )
         return fitted
+
+    def divide(self, length: int) -> bool:
+        """Whether a row is made of whole tiles, none longer than it."""
+        fitted = dataclasses.astuple(self._at_most(length))
+        return all(_is_whole(tile, length) for tile in fitted)
+
+    def _at_most(self, length: int) -> "Blocks":
+        ours = dataclasses.asdict(self).items()
+        return Blocks(**{name: min(tile, length) for name, tile in ours})
+
+
+def _is_whole(tile: int, length: int) -> bool:
+    return length % tile == 0 and tile % _LANES == 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,6 +119,30 @@ class FlashAttention:
             local, self.mesh, (queries, keys, keys, (rows, rows)), queries
         )
         return split(q_BTNH, k_BSKH, v_BSKH, segments)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlashOrTiles:
+    """`layers.attend` for whole rows of any length.
+
+    Attributes:
+      flash: the kernel, for rows that are made of its tiles; `tiles.attend` does the
+        others.
+    """
+
+    flash: FlashAttention
+
+    def __call__(
+        self,
+        q_BTNH: Float[Array, "B T N H"],
+        k_BSKH: Float[Array, "B S K H"],
+        v_BSKH: Float[Array, "B S K H"],
+        mask: Mask,
+    ) -> Float[Array, "B T N H"]:
+        """See `FlashAttention`."""
+        whole = self.flash.blocks.divide(q_BTNH.shape[1])
+        attend = self.flash if whole else tiles.attend
+        return attend(q_BTNH, k_BSKH, v_BSKH, mask)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -125,8 +125,8 @@ def compile_step(
     )
     with jax.set_mesh(mesh):
         lowered = step.lower(state, batch)
-    parameters = _bytes_per_chip(state.params)
-    moments = _bytes_per_chip(state.opt_state)
+    parameters = bytes_per_chip(state.params)
+    moments = bytes_per_chip(state.opt_state)
     text, problem, host, limit = "", "", 0, topology.chip.hbm_bytes
     try:
         with uncached():
@@ -188,7 +188,8 @@ def memory_refused(error: jax.errors.JaxRuntimeError) -> tuple[int, int]:
     return max(int(float(needed) * _UNITS[needed_unit]), limit + 1), limit
 
 
-def _bytes_per_chip(tree: Any) -> int:
+def bytes_per_chip(tree: Any) -> int:
+    """Of arrays or shapes that know their layout."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

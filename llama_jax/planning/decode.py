@@ -27,7 +27,7 @@ from llama_jax.model.cache import CACHE_AXES
 from llama_jax.model.decoder import Decoder, Weights
 from llama_jax.planning import hlo
 from llama_jax.planning import topology as tpu
-from llama_jax.planning.compile import memory_refused, uncached
+from llama_jax.planning.compile import bytes_per_chip, memory_refused, uncached
 from llama_jax.planning.plan import has_compiler
 from llama_jax.planning.schedule import Placement, predict
 from llama_jax.planning.topology import Topology
@@ -169,7 +169,7 @@ def bound_decode(
         length=length,
         **kept,
     )
-    held = _bytes_per_chip(program.weights)
+    held = bytes_per_chip(program.weights)
     return DecodePlan(
         config=config,
         topology=topology,
@@ -178,8 +178,8 @@ def bound_decode(
         length=length,
         **kept,
         weight_bytes=held,
-        read_bytes=held - _bytes_per_chip(program.weights.embed),
-        cache_bytes=_bytes_per_chip(program.cache),
+        read_bytes=held - bytes_per_chip(program.weights.embed),
+        cache_bytes=bytes_per_chip(program.cache),
         hbm_bytes=None,
         token_seconds=None,
         copied_bytes=None,
@@ -284,13 +284,6 @@ def _placed(leaf: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruc
 
 def _shape_on_chip(leaf: Any) -> tuple[int, ...]:
     return leaf.sharding.shard_shape(leaf.shape)
-
-
-def _bytes_per_chip(tree: Any) -> int:
-    return sum(
-        math.prod(_shape_on_chip(leaf)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _compiled(held: DecodePlan) -> DecodePlan:

@@ -1,8 +1,9 @@
-"""PPO on a slice: five models at once, while they learn and while answers are written.
+"""PPO on a slice: five models at once, while answers are written, read and learnt.
 
 The step that is compiled is the policy's. Critic, reference and reward models lie
 beside it; they are planned to be of the policy's sizes. While answers are written, all
-of that stays, and a copy of the policy for decoding comes to it, with its cache.
+of that stays, and a copy of the policy for decoding comes to it, with its cache. While
+they are read, all stays but that copy.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ from llama_jax.config.recipe import PpoRecipe
 from llama_jax.planning.decode import DecodePlan, bound_decode, plan_decode
 from llama_jax.planning.estimate import beside_bytes
 from llama_jax.planning.plan import Plan
+from llama_jax.planning.reading import Reading, plan_reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,10 +22,12 @@ class PpoPlan:
     Attributes:
       learning: of the policy's step, with the other models beside it.
       writing: of the answers, by the copy for decoding alone.
+      reading: of the answers, by each that reads them; empty where nothing is compiled.
     """
 
     learning: Plan
     writing: DecodePlan
+    reading: tuple[Reading, ...]
 
     @property
     def recipe(self) -> PpoRecipe:
@@ -32,17 +36,28 @@ class PpoPlan:
         return self.learning.recipe
 
     @property
-    def writing_bytes(self) -> int:
-        """Bytes per chip while answers are written."""
+    def kept_bytes(self) -> int:
+        """Bytes per chip of all models and optimizers, which never leave it."""
         memory = self.learning.memory
         beside = beside_bytes(self.recipe, self.learning.topology.num_chips)
-        kept = memory["parameters"] + memory["optimizer"] + sum(beside.values())
-        return kept + self.writing.held_bytes
+        return memory["parameters"] + memory["optimizer"] + sum(beside.values())
+
+    @property
+    def writing_bytes(self) -> int:
+        """Bytes per chip while answers are written."""
+        return self.kept_bytes + self.writing.held_bytes
+
+    @property
+    def reading_bytes(self) -> int | None:
+        """Bytes per chip while answers are read."""
+        working = [each.working_bytes for each in self.reading]
+        return self.kept_bytes + max(working) if working else None
 
     @property
     def fits(self) -> bool:
-        """Whether a chip holds both."""
-        return self.learning.fits and self.writing_bytes <= self.learning.hbm_limit
+        """Whether a chip holds each."""
+        fullest = max(self.writing_bytes, self.reading_bytes or 0)
+        return self.learning.fits and fullest <= self.learning.hbm_limit
 
     @property
     def writing_seconds(self) -> float | None:
@@ -50,6 +65,12 @@ class PpoPlan:
         ppo, token = self.recipe.ppo, self.writing.token_seconds
         times = -(-ppo.prompts // ppo.decode_batch)
         return token and token * ppo.max_new_tokens * times
+
+    @property
+    def reading_seconds(self) -> float | None:
+        """Predicted, for the passes over the answers of an iteration."""
+        seconds = [each.seconds for each in self.reading if each.seconds is not None]
+        return sum(seconds) if seconds and len(seconds) == len(self.reading) else None
 
     @property
     def policy_seconds(self) -> float | None:
@@ -63,7 +84,7 @@ def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
 
     Args:
       learning: of a `PpoRecipe`.
-      compiles: whether the loop that writes is compiled, too.
+      compiles: whether what writes and what reads is compiled, too.
 
     Raises:
       PlanError: the chips do not divide as `ppo.decode_tensor` and `ppo.decode_batch`
@@ -80,4 +101,5 @@ def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
         length=recipe.data.sequence_length,
         tensor=recipe.ppo.decode_tensor,
     )
-    return PpoPlan(learning=learning, writing=writing)
+    reading = plan_reading(recipe, learning.topology) if compiles else ()
+    return PpoPlan(learning=learning, writing=writing, reading=reading)

@@ -377,38 +377,57 @@ class PpoReport:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
-        """The policy's step, the writing of answers, and both together."""
+        """The policy's step, writing and reading of answers, and all together."""
         plan = self._plan
         yield Report(plan.learning)
         yield ""
         yield DecodeReport(plan.writing)
         yield ""
+        if plan.reading:
+            yield _reading(plan)
+            yield ""
         yield ppo_verdict(plan)
-        if plan.writing_seconds and plan.policy_seconds:
+        if plan.writing_seconds and plan.reading_seconds and plan.policy_seconds:
             ppo = plan.recipe.ppo
             yield (
                 f"Predicted, of an iteration: {plan.writing_seconds:.0f} s for "
                 f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens, "
+                f"{plan.reading_seconds:.0f} s for reading them, "
                 f"{plan.policy_seconds:.0f} s for {plan.recipe.iteration_steps} steps "
-                "of the policy. To it come the critic's steps, the prompts, the copy "
-                "of the weights, and all scoring."
+                "of the policy. To it come the critic's steps, the prompts, and the "
+                "copy of the weights."
             )
 
 
+def _reading(plan: PpoPlan) -> Table:
+    rows = table("Reading of all answers of an iteration", "", "GiB", "predicted, s")
+    for each in plan.reading:
+        seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
+        rows.add_row(each.what, f"{each.working_bytes / GIB:.2f}", seconds)
+    return rows
+
+
 def ppo_verdict(plan: PpoPlan) -> str:
-    """Whether a chip holds all models while answers are written, and by how much."""
+    """Whether a chip holds all models while answers come, and by how much."""
     limit = plan.learning.hbm_limit
-    does = "fits" if plan.writing_bytes <= limit else "does not fit"
-    said = (
-        f"Beside all else that a chip holds, writing {does}: "
-        f"{plan.writing_bytes / GIB:.2f} of {limit / GIB:.2f} GiB."
-    )
+
+    def verdict(doing: str, needed: int) -> str:
+        does = "fits" if needed <= limit else "does not fit"
+        return f"{doing} {does}: {needed / GIB:.2f} of {limit / GIB:.2f} GiB."
+
+    said = [verdict("Beside all else that a chip holds, writing", plan.writing_bytes)]
     if plan.writing_bytes > limit:
-        said += (
-            " Let more chips share the copy (--ppo.decode-tensor), or fewer prompts be "
+        said.append(
+            "Let more chips share the copy (--ppo.decode-tensor), or fewer prompts be "
             "answered at a time (--ppo.decode-batch)."
         )
-    return said
+    if plan.reading_bytes is not None:
+        said.append(verdict("Reading", plan.reading_bytes))
+        if plan.reading_bytes > limit:
+            said.append(
+                "Let rows be shorter (--data.sequence-length), or take a larger slice."
+            )
+    return " ".join(said)
 
 
 def ppo_to_json(plan: PpoPlan) -> dict[str, Any]:
@@ -417,8 +436,11 @@ def ppo_to_json(plan: PpoPlan) -> dict[str, Any]:
         "fits": plan.fits,
         "writing": decode_to_json(plan.writing),
         "writing_bytes": plan.writing_bytes,
+        "reading": [dataclasses.asdict(each) for each in plan.reading],
+        "reading_bytes": plan.reading_bytes,
         "predicted_iteration": {
             "writing_seconds": plan.writing_seconds,
+            "reading_seconds": plan.reading_seconds,
             "policy_seconds": plan.policy_seconds,
         },
     }

@@ -70,5 +70,8 @@ def test_five_models_fit_their_slice(size):
     planned = plan_ppo(learning, compiles=True)
     assert planned.fits, report.ppo_verdict(planned)
     assert planned.writing.copied_bytes == 0
+    _, values, scores = planned.reading
+    # Both reward models have the kernel that the critic has.
+    assert scores.seconds < 2.3 * values.seconds
     guessed = estimate(learning.recipe, learning.topology)
     assert 0.6 < guessed.hbm_bytes / learning.hbm_bytes < 1.5

@@ -243,7 +243,8 @@ def test_before_the_first_update_nothing_is_clipped():
     """The old probabilities are those of the step, so that their ratio is 1."""
     sharded, params = on(MeshConfig(fsdp=4, tensor=2))
     batch = experience()
-    logprobs, reference = make_logprobs(sharded)(params, params, batch.tokens)
+    with jax.set_mesh(sharded.mesh):
+        logprobs, reference = make_logprobs(sharded)(params, params, batch.tokens)
     np.testing.assert_array_equal(logprobs, reference)
     padded = np.pad(np.asarray(logprobs), ((0, 0), (0, 1)))
     batch = dataclasses.replace(batch, logprobs=padded * batch.mask)
@@ -260,7 +261,8 @@ def test_the_reference_is_what_the_policy_began_as_to_the_bit():
     sharded, params = on(MeshConfig(fsdp=8), dtype="bfloat16")
     params["final_norm"]["scale"] *= 1.01  # norms are ones at first
     reference = jax.tree.map(lambda x: x.astype("bfloat16"), params)
-    both = make_logprobs(sharded)(params, reference, experience().tokens)
+    with jax.set_mesh(sharded.mesh):
+        both = make_logprobs(sharded)(params, reference, experience().tokens)
     np.testing.assert_array_equal(*both)
 
 

@@ -140,7 +140,9 @@ class TestLogprobs:
         rows += [rows[0][:20]] * 4
         sharded, reference = in_training(**axes)
         policy = jax.tree.map(lambda x: 0.9 * x, reference)
-        found = make_logprobs(sharded)(policy, reference, padded(rows, len(rows), 64))
+        with jax.set_mesh(sharded.mesh):
+            step = make_logprobs(sharded)
+            found = step(policy, reference, padded(rows, len(rows), 64))
         one, _ = models.model(config=LONG)
         for params, logprobs in zip((policy, reference), found, strict=True):
             assert logprobs.is_fully_replicated
@@ -157,11 +159,12 @@ class TestLogprobs:
         step = make_logprobs(sharded)
         rng = np.random.default_rng(1)
         tokens = rng.integers(3, LONG.vocab_size, (8, 64), dtype=np.int32)
-        found, same = step(params, params, tokens)
-        np.testing.assert_array_equal(found, same)
         other = rng.integers(3, LONG.vocab_size, (8, 64), dtype=np.int32)
         other[5, :40] = tokens[5, :40]  # padded with something else
-        beside = step(params, params, other)[0]
+        with jax.set_mesh(sharded.mesh):
+            found, same = step(params, params, tokens)
+            beside = step(params, params, other)[0]
+        np.testing.assert_array_equal(found, same)
         np.testing.assert_array_equal(beside[5, :39], found[5, :39])
         assert (np.asarray(beside[4]) != found[4]).any()
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from llama_jax.errors import ConfigError
-from llama_jax.model import layers, mask
-from llama_jax.model.flash import Blocks, FlashAttention, FlashPart
+from llama_jax.model import layers, mask, tiles
+from llama_jax.model.flash import Blocks, FlashAttention, FlashOrTiles, FlashPart
 from llama_jax.model.ring import GatheredAttention
 from sharding import MeshConfig, make_mesh, training_rules
 from sharding.context import placement, places
@@ -94,6 +94,22 @@ def test_rows_that_are_not_made_of_tiles_are_refused():
         Blocks().within(1536)
     with pytest.raises(ConfigError, match=r"100 positions .* attention \"dot\""):
         Blocks().within(100)
+    lengths = 64, 100, 128, 256, 1024, 1536, 4096
+    assert [length for length in lengths if Blocks().divide(length)] == [
+        128,
+        256,
+        1024,
+        4096,
+    ]
+
+
+def test_rows_that_are_not_made_of_tiles_go_without_the_kernel():
+    flash = FlashAttention(mesh=None, rules=None, blocks=BLOCKS, interpret=True)
+    q, k, v, _ = arrays("float32")
+    for length, expected in ((T, flash), (64, tiles.attend), (200, tiles.attend)):
+        part = (q[:, :length], k[:, :length], v[:, :length], mask.causal(length))
+        found = jax.jit(FlashOrTiles(flash=flash))(*part)
+        np.testing.assert_array_equal(found, jax.jit(expected)(*part))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])

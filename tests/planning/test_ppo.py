@@ -15,6 +15,7 @@ from llama_jax.model.count import abstract_params
 from llama_jax.planning.estimate import beside_bytes
 from llama_jax.planning.plan import estimated, resolve
 from llama_jax.planning.ppo import PpoPlan, plan_ppo
+from llama_jax.planning.reading import Reading, reading_programs
 from llama_jax.planning.report import ppo_to_json, ppo_verdict
 from sharding import MeshConfig, make_mesh, training_rules
 from tests import runs
@@ -92,6 +93,51 @@ def test_more_than_a_chip_holds():
     assert "does not fit" in ppo_verdict(crowded)
     assert "--ppo.decode-tensor" in ppo_verdict(crowded)
     assert ppo_to_json(crowded)["fits"] is False
+
+
+READINGS = (
+    Reading(what="log-probabilities", working_bytes=3 * 2**30, seconds=12.0),
+    Reading(what="scores", working_bytes=2 * 2**30, seconds=17.0),
+)
+
+
+class TestReading:
+    def test_the_fullest_pass_comes_to_all_that_stays(self):
+        plan = planned(LARGEST)
+        assert plan.reading_bytes is None and plan.reading_seconds is None
+        plan = dataclasses.replace(plan, reading=READINGS)
+        assert plan.reading_bytes == plan.kept_bytes + 3 * 2**30
+        assert plan.reading_seconds == 29
+        assert plan.fits
+        said = f"Reading fits: {plan.reading_bytes / 2**30:.2f} of 95.73 GiB."
+        assert said in ppo_verdict(plan)
+        told = ppo_to_json(plan)
+        assert told["reading_bytes"] == plan.reading_bytes
+        assert told["predicted_iteration"]["reading_seconds"] == 29
+        assert told["reading"][1]["what"] == "scores"
+
+    def test_a_pass_that_is_more_than_a_chip_holds(self):
+        refused = Reading(what="values", working_bytes=90 * 2**30, seconds=None)
+        plan = dataclasses.replace(planned(LARGEST), reading=(*READINGS, refused))
+        assert plan.learning.fits and not plan.fits
+        assert plan.reading_seconds is None
+        assert "Reading does not fit" in ppo_verdict(plan)
+        assert "--data.sequence-length" in ppo_verdict(plan)
+
+    def test_the_programs_are_those_of_a_run(self):
+        """Each compiles, here for CPUs, and is called as often as a run does."""
+        recipe = runs.ppo_recipe("data", 64, helpfulness="a", safety="b")
+        recipe = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=4, tensor=2))
+        mesh = make_mesh(recipe.mesh)
+        logprobs, values, scores = reading_programs(recipe, mesh)
+        assert logprobs.calls == values.calls == recipe.iteration_steps
+        rows = 8 * 4  # as many for each of four groups of devices
+        assert scores.calls == 2 * -(-recipe.ppo.prompts // rows)
+        for program in (logprobs, values, scores):
+            with jax.set_mesh(mesh):
+                compiled = program.lower().compile()
+            taken = compiled.memory_analysis().argument_size_in_bytes
+            assert taken == program.argument_bytes
 
 
 def test_the_command(capsys):
