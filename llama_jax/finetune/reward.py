@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
+from numpy.typing import ArrayLike
 
 from llama_jax.build import ShardedLlama, build
 from llama_jax.config import LlamaConfig
@@ -29,6 +30,7 @@ from llama_jax.model.flash import FlashAttention, FlashOrTiles
 from llama_jax.model.transformer import Attend
 from llama_jax.text import Tokenizer, encode_example
 from llama_jax.text.chat import Message
+from llama_jax.train.compiler import compiler_options
 from llama_jax.train.metrics import Record
 from llama_jax.train.objective import Objective, as_written, in_order
 from llama_jax.train.run import Stage, run
@@ -46,6 +48,9 @@ _PAIRS_BY_SAFETY = {
 _NUM_BINS = 20
 # Rows that a device, or those that share its rows, scores at a time.
 _ROWS = 8
+
+# Parameters, int[B, T] and the place of each row's last token to its score, float32[B].
+ScoresStep = Callable[[Tree, ArrayLike, ArrayLike], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +235,7 @@ class RewardModel:
         self.sharded = sharded
         self.params = params
         self.tokenizer = tokenizer
+        self._last_scores = make_scores(sharded)
 
     def score(
         self, dialogs: Sequence[Sequence[Message]]
@@ -273,26 +279,32 @@ class RewardModel:
         last = np.zeros(num_rows, np.int32)
         last[: len(rows)] = [len(row) - 1 for row in rows]
         with jax.set_mesh(sharded.mesh):
-            scores = last_scores(
-                sharded.model, self.params, padded(rows, num_rows, length), last
+            scores = self._last_scores(
+                self.params, padded(rows, num_rows, length), last
             )
         return np.asarray(scores)[: len(rows)]
 
 
 def rows_at_once(sharded: ShardedLlama) -> int:
-    """Rows that a reward model scores in one call of `last_scores`, at most."""
+    """Rows that a reward model scores at a time, at most."""
     return _ROWS * axis_size(sharded.mesh, sharded.rules.mesh_axes(axes.BATCH))
 
 
-@functools.partial(jax.jit, static_argnames="model")
-def last_scores(
-    model: Any, params: Tree, tokens_BT: Int[Array, "B T"], last_B: Int[Array, " B"]
-) -> Float[Array, " B"]:
-    """Compiled: the score of each row, which stands at its last token."""
-    tokens_BT = model.constrain(tokens_BT, axes.BATCH, None)
-    scores_BT = model.apply({"params": params}, tokens_BT)
-    scores_B = jnp.take_along_axis(scores_BT, last_B[:, None], axis=1)[:, 0]
-    return model.constrain(scores_B, None)  # so that every host can read it
+def make_scores(sharded: ShardedLlama) -> ScoresStep:
+    """Compiled, once for all models of one form: the score at each row's last token."""
+    model: Any = sharded.model
+    return _compiled_scores(model, sharded.mesh)
+
+
+@functools.cache
+def _compiled_scores(model: Any, mesh: jax.sharding.Mesh) -> ScoresStep:
+    def scores(params: Tree, tokens_BT: Array, last_B: Array) -> Float[Array, " B"]:
+        tokens_BT = model.constrain(tokens_BT, axes.BATCH, None)
+        scores_BT = model.apply({"params": params}, tokens_BT)
+        scores_B = jnp.take_along_axis(scores_BT, last_B[:, None], axis=1)[:, 0]
+        return model.constrain(scores_B, None)  # so that every host can read it
+
+    return jax.jit(scores, compiler_options=compiler_options(mesh))
 
 
 def open_reward(path: epath.PathLike) -> tuple[AnyCheckpoint, Tokenizer]:

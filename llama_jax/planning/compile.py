@@ -11,7 +11,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -127,20 +127,15 @@ def compile_step(
         lowered = step.lower(state, batch)
     parameters = bytes_per_chip(state.params)
     moments = bytes_per_chip(state.opt_state)
-    text, problem, host, limit = "", "", 0, topology.chip.hbm_bytes
-    try:
-        with uncached():
-            compiled = lowered.compile(compiler_options=dict(compiler_options or {}))
-    except jax.errors.JaxRuntimeError as error:
-        peak, limit = memory_refused(error)
-        problem = (
-            f"a step needs {peak / _GIB:.2f} GiB per chip, and the {limit / _GIB:.2f} "
-            f"GiB of {topology.chip.name} are less"
+    program = compile_for(topology, lowered, compiler_options)
+    problem = (
+        ""
+        if program.text
+        else (
+            f"a step needs {program.peak / _GIB:.2f} GiB per chip, and the "
+            f"{program.limit / _GIB:.2f} GiB of {topology.chip.name} are less"
         )
-    else:
-        text, stats = compiled.as_text() or "", compiled.memory_analysis()
-        assert stats is not None
-        peak, host = stats.peak_memory_in_bytes, stats.host_temp_size_in_bytes
+    )
     return CompiledStep(
         recipe=recipe,
         topology=topology,
@@ -148,14 +143,61 @@ def compile_step(
         memory=Memory(
             parameters=parameters,
             optimizer=moments,
-            activations=peak - parameters - moments,
-            peak=peak,
-            limit=limit,
-            host=host,
+            activations=program.peak - parameters - moments,
+            peak=program.peak,
+            limit=program.limit,
+            host=program.host,
         ),
-        text=text,
+        text=program.text,
         problem=problem,
         seconds=time.monotonic() - began,
+    )
+
+
+class Program(NamedTuple):
+    """What the compiler made of a program.
+
+    Attributes:
+      text: as it is scheduled; "" where it does not fit, as there is none then.
+      peak: bytes of a chip at the fullest moment.
+      limit: bytes that a chip has.
+      host: bytes that are moved to the host's memory.
+    """
+
+    text: str
+    peak: int
+    limit: int
+    host: int
+
+
+def compile_for(
+    topology: Topology,
+    lowered: jax.stages.Lowered,
+    options: Mapping[str, str | bool] | None = None,
+) -> Program:
+    """Compile a program that was lowered for a topology's devices.
+
+    Args:
+      topology: the slices.
+      lowered: the program.
+      options: the compiler's own, on top of its defaults.
+
+    Raises:
+      PlanError: the compiler fails for another reason than memory.
+    """
+    try:
+        with uncached():
+            compiled = lowered.compile(compiler_options=dict(options or {}))
+    except jax.errors.JaxRuntimeError as error:
+        needed, limit = memory_refused(error)
+        return Program("", needed, limit, host=0)
+    text, stats = compiled.as_text(), compiled.memory_analysis()
+    assert text and stats is not None
+    return Program(
+        text,
+        stats.peak_memory_in_bytes,
+        topology.chip.hbm_bytes,
+        stats.host_temp_size_in_bytes,
     )
 
 

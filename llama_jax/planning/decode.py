@@ -27,7 +27,7 @@ from llama_jax.model.cache import CACHE_AXES
 from llama_jax.model.decoder import Decoder, Weights
 from llama_jax.planning import hlo
 from llama_jax.planning import topology as tpu
-from llama_jax.planning.compile import bytes_per_chip, memory_refused, uncached
+from llama_jax.planning.compile import bytes_per_chip, compile_for
 from llama_jax.planning.plan import has_compiler
 from llama_jax.planning.schedule import Placement, predict
 from llama_jax.planning.topology import Topology
@@ -296,25 +296,19 @@ def _compiled(held: DecodePlan) -> DecodePlan:
         weights=held.weights,
         cache=held.cache,
     )
-    lowered = program.lower()
-    try:
-        with uncached():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed, _ = memory_refused(error)
-        return dataclasses.replace(held, hbm_bytes=needed)
-    text, stats = compiled.as_text(), compiled.memory_analysis()
-    assert text is not None and stats is not None
-    profile = predict(text, held.topology, Placement.of(mesh))
+    compiled = compile_for(held.topology, program.lower())
+    if not compiled.text:
+        return dataclasses.replace(held, hbm_bytes=compiled.peak)
+    profile = predict(compiled.text, held.topology, Placement.of(mesh))
     # One iteration of the outermost loop, the longest, writes one token to each row.
     token = max(loop.seconds for loop in profile.loops)
     keys = jax.tree.leaves(program.cache[0])[0]
     return dataclasses.replace(
         held,
-        hbm_bytes=stats.peak_memory_in_bytes,
+        hbm_bytes=compiled.peak,
         token_seconds=max(token, held.bound_seconds),
         copied_bytes=copied_bytes(
-            hlo.parse(text),
+            hlo.parse(compiled.text),
             slots=_slots_read(program.decoder.least_slots, held.length),
             width=math.prod(_shape_on_chip(keys)) // held.length,
         ),

@@ -69,8 +69,12 @@ class PpoPlan:
     @property
     def reading_seconds(self) -> float | None:
         """Predicted, for the passes over the answers of an iteration."""
-        seconds = [each.seconds for each in self.reading if each.seconds is not None]
-        return sum(seconds) if seconds and len(seconds) == len(self.reading) else None
+        total = 0.0
+        for each in self.reading:
+            if each.seconds is None:
+                return None
+            total += each.seconds
+        return total or None
 
     @property
     def policy_seconds(self) -> float | None:

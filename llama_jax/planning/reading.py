@@ -1,7 +1,7 @@
 """Planning how the answers of PPO are read: memory and time of each model's pass.
 
-The programs are those of a run, and all models lie beside each. What they need beyond
-those is the compiler's; nothing is guessed where libtpu is missing.
+The programs are those of a run, and while one of them runs all models stay where they
+are. What it needs beside them is the compiler's; without libtpu nothing is said of it.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from llama_jax.build import ShardedLlama, build_for
 from llama_jax.config.recipe import PpoRecipe
 from llama_jax.finetune.experience import make_values
 from llama_jax.finetune.ppo import build_critic
-from llama_jax.finetune.reward import build_reward, last_scores, rows_at_once
+from llama_jax.finetune.reward import build_reward, make_scores, rows_at_once
 from llama_jax.finetune.rollout import make_logprobs
 from llama_jax.generate.rows import length_bucket, num_rows_for
 from llama_jax.model.count import abstract_params
 from llama_jax.planning import topology as tpu
-from llama_jax.planning.compile import bytes_per_chip, memory_refused, uncached
+from llama_jax.planning.compile import bytes_per_chip, compile_for
 from llama_jax.planning.schedule import Placement, predict
 from llama_jax.planning.topology import Topology
 from llama_jax.train.step import batch_sharding
@@ -55,39 +55,32 @@ def plan_reading(recipe: PpoRecipe, topology: Topology) -> tuple[Reading, ...]:
       ShardingError: mesh, model and topology do not divide.
     """
     mesh = make_mesh(recipe.mesh, tpu.devices(topology))
-    return tuple(
-        _compiled(program, topology, mesh) for program in reading_programs(recipe, mesh)
-    )
+    return tuple(_compiled(reads, topology, mesh) for reads in passes(recipe, mesh))
 
 
-class Program(NamedTuple):
-    """What reads, before it is compiled.
+class Pass(NamedTuple):
+    """A program that reads, before it is compiled.
 
     Attributes:
       what: see `Reading`.
-      step: `jax.jit` of it.
-      arguments: of a call, as shapes; those that are not are static.
+      step: takes models, then ids.
+      models: parameters, as shapes.
+      ids: of a call, likewise.
       calls: for all answers of an iteration.
     """
 
     what: str
-    step: Callable[..., Any]
-    arguments: tuple[Any, ...]
+    step: jax.stages.Wrapped
+    models: tuple[Tree, ...]
+    ids: tuple[jax.ShapeDtypeStruct, ...]
     calls: int
-
-    @property
-    def argument_bytes(self) -> int:
-        """Of a chip, among which are the models that read."""
-        leaves = jax.tree.leaves(self.arguments)
-        return bytes_per_chip([x for x in leaves if hasattr(x, "sharding")])
 
     def lower(self) -> jax.stages.Lowered:
         """Inside `jax.set_mesh`, for the devices of that."""
-        assert isinstance(self.step, jax.stages.Wrapped)
-        return self.step.lower(*self.arguments)
+        return self.step.lower(*self.models, *self.ids)
 
 
-def reading_programs(recipe: PpoRecipe, mesh: jax.sharding.Mesh) -> Iterator[Program]:
+def passes(recipe: PpoRecipe, mesh: jax.sharding.Mesh) -> Iterator[Pass]:
     """Those of an iteration, each once."""
     policy = build_for(recipe, mesh)
     critic = build_critic(recipe.model, policy)
@@ -95,35 +88,35 @@ def reading_programs(recipe: PpoRecipe, mesh: jax.sharding.Mesh) -> Iterator[Pro
     prompts, length = recipe.ppo.prompts, recipe.data.sequence_length
 
     tokens_BT = _ids(recipe.train.batch_size, length, place=batch_sharding(policy))
-    trained, frozen = (
-        _params(policy, dtype) for dtype in ("float32", policy.model.dtype)
-    )
-    yield Program(
+    yield Pass(
         what="log-probabilities, by policy and reference",
-        step=make_logprobs(policy),
-        arguments=(trained, frozen, tokens_BT),
+        step=_wrapped(make_logprobs(policy)),
+        models=(_params(policy, "float32"), _params(policy, policy.model.dtype)),
+        ids=(tokens_BT,),
         calls=recipe.iteration_steps,
     )
-    yield Program(
+    yield Pass(
         what="values, by the critic",
-        step=make_values(critic),
-        arguments=(_params(critic, "float32"), tokens_BT),
+        step=_wrapped(make_values(critic)),
+        models=(_params(critic, "float32"),),
+        ids=(tokens_BT,),
         calls=recipe.iteration_steps,
     )
     rows = num_rows_for(reward, min(prompts, rows_at_once(reward)))
     longest = length_bucket(length, recipe.model.max_length)
     whole = reward.sharding()
-    yield Program(
+    yield Pass(
         what="scores, by two reward models",
-        step=last_scores,
-        arguments=(
-            reward.model,
-            _params(reward, reward.model.dtype),
-            _ids(rows, longest, place=whole),
-            _ids(rows, place=whole),
-        ),
+        step=_wrapped(make_scores(reward)),
+        models=(_params(reward, reward.model.dtype),),
+        ids=(_ids(rows, longest, place=whole), _ids(rows, place=whole)),
         calls=2 * -(-prompts // rows),
     )
+
+
+def _wrapped(step: Callable[..., Any]) -> jax.stages.Wrapped:
+    assert isinstance(step, jax.stages.Wrapped)
+    return step
 
 
 def _params(sharded: ShardedLlama, dtype: Any) -> Tree:
@@ -140,21 +133,16 @@ def _ids(*shape: int, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=place)
 
 
-def _compiled(program: Program, topology: Topology, mesh: jax.sharding.Mesh) -> Reading:
+def _compiled(reads: Pass, topology: Topology, mesh: jax.sharding.Mesh) -> Reading:
     with jax.set_mesh(mesh):
-        lowered = program.lower()
-    try:
-        with uncached():
-            compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        peak, seconds = memory_refused(error)[0], None
-    else:
-        text, stats = compiled.as_text(), compiled.memory_analysis()
-        assert text is not None and stats is not None
-        peak = stats.peak_memory_in_bytes
-        seconds = predict(text, topology, Placement.of(mesh)).step_seconds
+        lowered = reads.lower()
+    program = compile_for(topology, lowered)
+    seconds = None
+    if program.text:
+        once = predict(program.text, topology, Placement.of(mesh)).step_seconds
+        seconds = reads.calls * once
     return Reading(
-        what=program.what,
-        working_bytes=peak - program.argument_bytes,
-        seconds=seconds and program.calls * seconds,
+        what=reads.what,
+        working_bytes=program.peak - bytes_per_chip(reads.models),
+        seconds=seconds,
     )

@@ -400,7 +400,7 @@ class PpoReport:
 
 
 def _reading(plan: PpoPlan) -> Table:
-    rows = table("Reading of all answers of an iteration", "", "GiB", "predicted, s")
+    rows = table("Reading of all answers", "", "GiB beside models", "predicted s")
     for each in plan.reading:
         seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
         rows.add_row(each.what, f"{each.working_bytes / GIB:.2f}", seconds)

@@ -12,10 +12,11 @@ from llama_jax.build import build
 from llama_jax.cli import main
 from llama_jax.config.recipe import load_recipe
 from llama_jax.model.count import abstract_params
+from llama_jax.planning.compile import bytes_per_chip
 from llama_jax.planning.estimate import beside_bytes
 from llama_jax.planning.plan import estimated, resolve
 from llama_jax.planning.ppo import PpoPlan, plan_ppo
-from llama_jax.planning.reading import Reading, reading_programs
+from llama_jax.planning.reading import Reading, passes
 from llama_jax.planning.report import ppo_to_json, ppo_verdict
 from sharding import MeshConfig, make_mesh, training_rules
 from tests import runs
@@ -124,20 +125,28 @@ class TestReading:
         assert "Reading does not fit" in ppo_verdict(plan)
         assert "--data.sequence-length" in ppo_verdict(plan)
 
-    def test_the_programs_are_those_of_a_run(self):
-        """Each compiles, here for CPUs, and is called as often as a run does."""
+    def test_what_passes_take_is_what_programs_take(self):
+        """Compiled here for CPUs: the models and ids, laid out as they are said to."""
         recipe = runs.ppo_recipe("data", 64, helpfulness="a", safety="b")
         recipe = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=4, tensor=2))
         mesh = make_mesh(recipe.mesh)
-        logprobs, values, scores = reading_programs(recipe, mesh)
-        assert logprobs.calls == values.calls == recipe.iteration_steps
-        rows = 8 * 4  # as many for each of four groups of devices
-        assert scores.calls == 2 * -(-recipe.ppo.prompts // rows)
-        for program in (logprobs, values, scores):
+        for reads in passes(recipe, mesh):
             with jax.set_mesh(mesh):
-                compiled = program.lower().compile()
+                compiled = reads.lower().compile()
             taken = compiled.memory_analysis().argument_size_in_bytes
-            assert taken == program.argument_bytes
+            assert taken == bytes_per_chip((reads.models, reads.ids))
+
+    def test_every_pass_reads_all_answers(self):
+        """64 of an iteration, 8 a step; 8 for each device that has rows of its own."""
+        recipe = runs.ppo_recipe("data", 64, helpfulness="a", safety="b")
+        recipe = runs.changed(recipe, "train", batch_size=8, num_steps=8)
+        recipe = runs.changed(recipe, "ppo", prompts=64)
+        recipe = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=4, tensor=2))
+        logprobs, values, scores = passes(recipe, make_mesh(recipe.mesh))
+        assert logprobs.calls == values.calls == 8
+        assert logprobs.ids[0].shape == values.ids[0].shape == (8, 64)
+        assert scores.ids[0].shape == (32, 64)
+        assert scores.calls == 4  # two by each reward model
 
 
 def test_the_command(capsys):
