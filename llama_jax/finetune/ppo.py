@@ -233,7 +233,7 @@ def make_programs(
     values = ValueObjective(recipe.ppo.value_clip)
     return Programs(
         policy_step=make_step(policy, recipe.optimizer, objective),
-        critic_step=make_step(critic, _critic_optimizer(recipe), values),
+        critic_step=make_step(critic, critic_optimizer_config(recipe), values),
         policy_eval=make_eval_step(policy, objective),
         rows=make_rows(policy),
         logprobs=make_logprobs(policy),
@@ -382,7 +382,7 @@ def _restore_or(
     """Resume, else begin with chat model and reward model; and the prompts answered."""
     optimizer, critic_optimizer = (
         make_optimizer(config, recipe.train.num_steps)
-        for config in (recipe.optimizer, _critic_optimizer(recipe))
+        for config in (recipe.optimizer, critic_optimizer_config(recipe))
     )
     empty = PpoState(
         abstract_state(policy, optimizer),
@@ -559,7 +559,8 @@ def _write_critic(run: _Run, measured: list[tuple[int, Measured]]) -> None:
     measured.clear()
 
 
-def _critic_optimizer(recipe: PpoRecipe) -> OptimizerConfig:
+def critic_optimizer_config(recipe: PpoRecipe) -> OptimizerConfig:
+    """The policy's, with the critic's own learning rate if it has one."""
     peak_lr = recipe.ppo.critic_lr or recipe.optimizer.peak_lr
     return dataclasses.replace(recipe.optimizer, peak_lr=peak_lr)
 

@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from llama_jax.build import build_for
+from llama_jax.build import ShardedLlama, build_for
 from llama_jax.config.recipe import TrainingRecipe
+from llama_jax.data.batch import AnyBatch
 from llama_jax.errors import PlanError
 from llama_jax.finetune.stages import empty_batch, kind_of
 from llama_jax.planning import topology as tpu
@@ -118,13 +119,8 @@ def compile_step(
     )
     assert isinstance(step, jax.stages.Wrapped)
     state = abstract_state(sharded, optimizer)
-    rows = batch_sharding(sharded)
-    batch = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
-        empty_batch(recipe),
-    )
     with jax.set_mesh(mesh):
-        lowered = step.lower(state, batch)
+        lowered = step.lower(state, abstract_batch(recipe, sharded))
     parameters = bytes_per_chip(state.params)
     moments = bytes_per_chip(state.opt_state)
     program = compile_for(topology, lowered, compiler_options)
@@ -151,6 +147,15 @@ def compile_step(
         text=program.text,
         problem=problem,
         seconds=time.monotonic() - began,
+    )
+
+
+def abstract_batch(recipe: TrainingRecipe, sharded: ShardedLlama) -> AnyBatch:
+    """What a step of a recipe reads, as shapes that know their layout."""
+    rows = batch_sharding(sharded)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows),
+        empty_batch(recipe),
     )
 
 

@@ -1,9 +1,9 @@
 """PPO on a slice: five models at once, while answers are written, read and learnt.
 
-The step that is compiled is the policy's. Critic, reference and reward models lie
-beside it; they are planned to be of the policy's sizes. While answers are written, all
-of that stays, and a copy of the policy for decoding comes to it, with its cache. While
-they are read, all stays but that copy.
+Policy and critic learn by turns, and all other models lie beside the one that does; all
+are planned to be of the policy's sizes. While answers are written, all of that stays,
+and a copy of the policy for decoding comes to it, with its cache. While they are read,
+all stays but that copy.
 """
 
 import dataclasses
@@ -11,8 +11,8 @@ import dataclasses
 from llama_jax.config.recipe import PpoRecipe
 from llama_jax.planning.decode import DecodePlan, bound_decode, plan_decode
 from llama_jax.planning.estimate import beside_bytes
+from llama_jax.planning.passes import PassPlan, plan_passes
 from llama_jax.planning.plan import Plan
-from llama_jax.planning.reading import Reading, plan_reading
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +21,15 @@ class PpoPlan:
 
     Attributes:
       learning: of the policy's step, with the other models beside it.
+      critic: of the critic's steps; None where nothing is compiled.
       writing: of the answers, by the copy for decoding alone.
       reading: of the answers, by each that reads them; empty where nothing is compiled.
     """
 
     learning: Plan
+    critic: PassPlan | None
     writing: DecodePlan
-    reading: tuple[Reading, ...]
+    reading: tuple[PassPlan, ...]
 
     @property
     def recipe(self) -> PpoRecipe:
@@ -54,10 +56,17 @@ class PpoPlan:
         return self.kept_bytes + max(working) if working else None
 
     @property
+    def critic_bytes(self) -> int | None:
+        """Bytes per chip while the critic learns."""
+        return (
+            None if self.critic is None else self.kept_bytes + self.critic.working_bytes
+        )
+
+    @property
     def fits(self) -> bool:
         """Whether a chip holds each."""
-        fullest = max(self.writing_bytes, self.reading_bytes or 0)
-        return self.learning.fits and fullest <= self.learning.hbm_limit
+        beside = (self.writing_bytes, self.reading_bytes or 0, self.critic_bytes or 0)
+        return self.learning.fits and max(beside) <= self.learning.hbm_limit
 
     @property
     def writing_seconds(self) -> float | None:
@@ -82,13 +91,18 @@ class PpoPlan:
         step = self.learning.step_seconds
         return step and step * self.recipe.iteration_steps
 
+    @property
+    def critic_seconds(self) -> float | None:
+        """Predicted, for the critic's steps of an iteration."""
+        return None if self.critic is None else self.critic.seconds
+
 
 def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
-    """Add to the plan of a policy's steps that of its answers.
+    """Add to the plan of a policy's steps those of its answers and its critic.
 
     Args:
       learning: of a `PpoRecipe`.
-      compiles: whether what writes and what reads is compiled, too.
+      compiles: whether what writes, what reads and the critic's step are, too.
 
     Raises:
       PlanError: the chips do not divide as `ppo.decode_tensor` and `ppo.decode_batch`
@@ -105,5 +119,9 @@ def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
         length=recipe.data.sequence_length,
         tensor=recipe.ppo.decode_tensor,
     )
-    reading = plan_reading(recipe, learning.topology) if compiles else ()
-    return PpoPlan(learning=learning, writing=writing, reading=reading)
+    if not compiles:
+        return PpoPlan(learning=learning, critic=None, writing=writing, reading=())
+    *reading, critic = plan_passes(recipe, learning.topology)
+    return PpoPlan(
+        learning=learning, critic=critic, writing=writing, reading=tuple(reading)
+    )

@@ -15,6 +15,7 @@ from llama_jax.config.recipe import TrainingRecipe
 from llama_jax.config.train import Remat, remat_pieces
 from llama_jax.planning.decode import DecodePlan
 from llama_jax.planning.estimate import NAME
+from llama_jax.planning.passes import PassPlan
 from llama_jax.planning.plan import NO_COMPILER, Plan, estimated, has_compiler
 from llama_jax.planning.ppo import PpoPlan
 from llama_jax.planning.search import Found
@@ -377,31 +378,36 @@ class PpoReport:
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
     ) -> RenderResult:
-        """The policy's step, writing and reading of answers, and all together."""
+        """The policy's step, writing, passes over answers, and all together."""
         plan = self._plan
         yield Report(plan.learning)
         yield ""
         yield DecodeReport(plan.writing)
         yield ""
-        if plan.reading:
-            yield _reading(plan)
+        if plan.critic is not None:
+            yield _passes(*plan.reading, plan.critic)
             yield ""
         yield ppo_verdict(plan)
-        if plan.writing_seconds and plan.reading_seconds and plan.policy_seconds:
+        if (
+            plan.writing_seconds
+            and plan.reading_seconds
+            and plan.policy_seconds
+            and plan.critic_seconds
+        ):
             ppo = plan.recipe.ppo
             yield (
                 f"Predicted, of an iteration: {plan.writing_seconds:.0f} s for "
                 f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens, "
-                f"{plan.reading_seconds:.0f} s for reading them, "
-                f"{plan.policy_seconds:.0f} s for {plan.recipe.iteration_steps} steps "
-                "of the policy. To it come the critic's steps, the prompts, and the "
-                "copy of the weights."
+                f"{plan.reading_seconds:.0f} s for reading them, and for "
+                f"{plan.recipe.iteration_steps} steps {plan.policy_seconds:.0f} s of "
+                f"the policy and {plan.critic_seconds:.0f} s of the critic. To it come "
+                "the prompts, and the copy of the weights."
             )
 
 
-def _reading(plan: PpoPlan) -> Table:
-    rows = table("Reading of all answers", "", "GiB beside models", "predicted s")
-    for each in plan.reading:
+def _passes(*passes: PassPlan) -> Table:
+    rows = table("Passes over all answers", "", "GiB beside models", "predicted s")
+    for each in passes:
         seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
         rows.add_row(each.what, f"{each.working_bytes / GIB:.2f}", seconds)
     return rows
@@ -427,6 +433,13 @@ def ppo_verdict(plan: PpoPlan) -> str:
             said.append(
                 "Let rows be shorter (--data.sequence-length), or take a larger slice."
             )
+    if plan.critic_bytes is not None:
+        said.append(verdict("A step of the critic", plan.critic_bytes))
+        if plan.critic_bytes > limit:
+            said.append(
+                "Let batches be in more parts (--train.accumulate), or take a larger "
+                "slice."
+            )
     return " ".join(said)
 
 
@@ -438,10 +451,13 @@ def ppo_to_json(plan: PpoPlan) -> dict[str, Any]:
         "writing_bytes": plan.writing_bytes,
         "reading": [dataclasses.asdict(each) for each in plan.reading],
         "reading_bytes": plan.reading_bytes,
+        "critic": plan.critic and dataclasses.asdict(plan.critic),
+        "critic_bytes": plan.critic_bytes,
         "predicted_iteration": {
             "writing_seconds": plan.writing_seconds,
             "reading_seconds": plan.reading_seconds,
             "policy_seconds": plan.policy_seconds,
+            "critic_seconds": plan.critic_seconds,
         },
     }
 

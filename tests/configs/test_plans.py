@@ -73,5 +73,8 @@ def test_five_models_fit_their_slice(size):
     _, values, scores = planned.reading
     # Both reward models have the kernel that the critic has.
     assert scores.seconds < 2.3 * values.seconds
+    # As many layers as the policy's step, and no logits.
+    assert 0.9 < planned.critic_seconds / planned.policy_seconds < 1
+    assert planned.critic_bytes < learning.hbm_bytes
     guessed = estimate(learning.recipe, learning.topology)
     assert 0.6 < guessed.hbm_bytes / learning.hbm_bytes < 1.5

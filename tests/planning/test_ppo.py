@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,9 @@ from llama_jax.config.recipe import load_recipe
 from llama_jax.model.count import abstract_params
 from llama_jax.planning.compile import bytes_per_chip
 from llama_jax.planning.estimate import beside_bytes
+from llama_jax.planning.passes import PassPlan, passes
 from llama_jax.planning.plan import estimated, resolve
 from llama_jax.planning.ppo import PpoPlan, plan_ppo
-from llama_jax.planning.reading import Reading, passes
 from llama_jax.planning.report import ppo_to_json, ppo_verdict
 from sharding import MeshConfig, make_mesh, training_rules
 from tests import runs
@@ -97,12 +98,12 @@ def test_more_than_a_chip_holds():
 
 
 READINGS = (
-    Reading(what="log-probabilities", working_bytes=3 * 2**30, seconds=12.0),
-    Reading(what="scores", working_bytes=2 * 2**30, seconds=17.0),
+    PassPlan(what="log-probabilities", working_bytes=3 * 2**30, seconds=12.0),
+    PassPlan(what="scores", working_bytes=2 * 2**30, seconds=17.0),
 )
 
 
-class TestReading:
+class TestPasses:
     def test_the_fullest_pass_comes_to_all_that_stays(self):
         plan = planned(LARGEST)
         assert plan.reading_bytes is None and plan.reading_seconds is None
@@ -118,23 +119,46 @@ class TestReading:
         assert told["reading"][1]["what"] == "scores"
 
     def test_a_pass_that_is_more_than_a_chip_holds(self):
-        refused = Reading(what="values", working_bytes=90 * 2**30, seconds=None)
+        refused = PassPlan(what="values", working_bytes=90 * 2**30, seconds=None)
         plan = dataclasses.replace(planned(LARGEST), reading=(*READINGS, refused))
         assert plan.learning.fits and not plan.fits
         assert plan.reading_seconds is None
         assert "Reading does not fit" in ppo_verdict(plan)
         assert "--data.sequence-length" in ppo_verdict(plan)
 
+    def test_a_critic_that_is_more_than_a_chip_holds(self):
+        """The critic's step comes to all that stays, and its time is no part of that
+        of the passes that read."""
+        plan = dataclasses.replace(planned(LARGEST), reading=READINGS)
+        assert plan.critic_bytes is None and plan.critic_seconds is None
+        steps = PassPlan(what="steps", working_bytes=20 * 2**30, seconds=21.0)
+        fits = dataclasses.replace(plan, critic=steps)
+        assert fits.fits and fits.critic_bytes == plan.kept_bytes + 20 * 2**30
+        told = ppo_to_json(fits)
+        assert told["critic_bytes"] == fits.critic_bytes
+        assert told["predicted_iteration"]["critic_seconds"] == 21
+        assert told["predicted_iteration"]["reading_seconds"] == 29
+        crowded = dataclasses.replace(steps, working_bytes=90 * 2**30, seconds=None)
+        plan = dataclasses.replace(plan, critic=crowded)
+        assert plan.learning.fits and not plan.fits
+        assert "A step of the critic does not fit" in ppo_verdict(plan)
+        assert "--train.accumulate" in ppo_verdict(plan)
+
     def test_what_passes_take_is_what_programs_take(self):
-        """Compiled here for CPUs: the models and ids, laid out as they are said to."""
+        """Compiled here for CPUs: all that is kept and read, laid out as it says."""
         recipe = runs.ppo_recipe("data", 64, helpfulness="a", safety="b")
         recipe = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=4, tensor=2))
         mesh = make_mesh(recipe.mesh)
-        for reads in passes(recipe, mesh):
+        planned = passes(recipe, mesh)
+        for each in planned:
             with jax.set_mesh(mesh):
-                compiled = reads.lower().compile()
+                compiled = each.lower().compile()
             taken = compiled.memory_analysis().argument_size_in_bytes
-            assert taken == bytes_per_chip((reads.models, reads.ids))
+            read: Any = each.read
+            if each is planned.critic:  # which leaves alone what the policy learns from
+                (batch,) = read
+                read = (batch.tokens, batch.mask, batch.values, batch.returns)
+            assert taken == bytes_per_chip((each.kept, read))
 
     def test_every_pass_reads_all_answers(self):
         """64 of an iteration, 8 a step; 8 for each device that has rows of its own."""
@@ -142,10 +166,11 @@ class TestReading:
         recipe = runs.changed(recipe, "train", batch_size=8, num_steps=8)
         recipe = runs.changed(recipe, "ppo", prompts=64)
         recipe = dataclasses.replace(recipe, mesh=MeshConfig(fsdp=4, tensor=2))
-        logprobs, values, scores = passes(recipe, make_mesh(recipe.mesh))
-        assert logprobs.calls == values.calls == 8
-        assert logprobs.ids[0].shape == values.ids[0].shape == (8, 64)
-        assert scores.ids[0].shape == (32, 64)
+        logprobs, values, scores, critic = passes(recipe, make_mesh(recipe.mesh))
+        assert logprobs.calls == values.calls == critic.calls == 8
+        assert logprobs.read[0].shape == values.read[0].shape == (8, 64)
+        assert critic.read[0].tokens.shape == (8, 64)
+        assert scores.read[0].shape == (32, 64)
         assert scores.calls == 4  # two by each reward model
 
 
