@@ -1,8 +1,9 @@
 """Planning inference: what one token of a batch costs on a slice of chips.
 
 Each token reads all weights and the whole cache once, so their bytes over the memory's
-speed bound the time from below. The program that `generate` runs is compiled for the
-chips, and its predicted time stands beside that bound.
+speed bound the time from below. The programs that `generate` runs are compiled for the
+chips: the loop that writes, whose predicted time stands beside that bound, and the one
+that reads a chunk of every prompt.
 """
 
 import dataclasses
@@ -20,7 +21,15 @@ from llama_jax.config import LlamaConfig
 from llama_jax.config.sampling import Greedy
 from llama_jax.errors import PlanError
 from llama_jax.generate import engine
-from llama_jax.generate.decode import Cache, Choice, DecodeState, begin, decode
+from llama_jax.generate.decode import (
+    Cache,
+    Choice,
+    DecodeState,
+    begin,
+    decode,
+    prefill,
+)
+from llama_jax.generate.rows import chunk_sizes
 from llama_jax.generate.sample import Rule
 from llama_jax.generate.weights import abstract_weights
 from llama_jax.model.cache import CACHE_AXES
@@ -43,7 +52,7 @@ Kept = Literal["int8"] | None
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodePlan:
-    """One token of every row of a batch, on a slice.
+    """One token of every row of a batch, and a chunk of its prompts, on a slice.
 
     Attributes:
       config: the model.
@@ -57,13 +66,17 @@ class DecodePlan:
       read_bytes: of those, that it reads for every token: all but the embedding table,
         of which a token needs a row.
       cache_bytes: of keys and values, that it holds and reads, with their scales.
-      hbm_bytes: at the fullest moment, the compiler's; None without libtpu.
+      chunk: tokens of each prompt that are read at a time, at the most.
+      hbm_bytes: at the fullest moment of both programs, the compiler's; None without
+        libtpu.
       token_seconds: predicted, of the compiled loop, the whole cache being in use; None
         without libtpu. What is fetched ahead and what is read on the spot come through
         the same memory, but the schedule gives each the memory's whole speed: so where
         it promises less than `bound_seconds`, this is the bound.
       copied_bytes: of the cache, that the compiled loop copies at every token; None
         without libtpu.
+      chunk_seconds: predicted, to read a chunk of each prompt with one block of slots
+        before it; None without libtpu.
     """
 
     config: LlamaConfig
@@ -76,9 +89,11 @@ class DecodePlan:
     weight_bytes: int
     read_bytes: int
     cache_bytes: int
+    chunk: int
     hbm_bytes: int | None
     token_seconds: float | None
     copied_bytes: int | None
+    chunk_seconds: float | None
 
     @property
     def bound_seconds(self) -> float:
@@ -158,7 +173,7 @@ def bound_decode(
     kept = {"weights": weights or _DTYPE.name, "cache": cache or _DTYPE.name}
     # One device stands for every chip: shapes are all that is asked for.
     sizes = abstract_mesh(mesh, topology.num_chips)
-    program = _Program.of(
+    programs = _Programs.of(
         config,
         jax.sharding.Mesh(
             np.full(sizes.axis_sizes, jax.devices()[0]),
@@ -169,7 +184,7 @@ def bound_decode(
         length=length,
         **kept,
     )
-    held = bytes_per_chip(program.weights)
+    held = bytes_per_chip(programs.weights)
     return DecodePlan(
         config=config,
         topology=topology,
@@ -178,11 +193,13 @@ def bound_decode(
         length=length,
         **kept,
         weight_bytes=held,
-        read_bytes=held - bytes_per_chip(program.weights.embed),
-        cache_bytes=bytes_per_chip(program.cache),
+        read_bytes=held - bytes_per_chip(programs.weights.embed),
+        cache_bytes=bytes_per_chip(programs.cache),
+        chunk=chunk_sizes(length)[-1],
         hbm_bytes=None,
         token_seconds=None,
         copied_bytes=None,
+        chunk_seconds=None,
     )
 
 
@@ -210,8 +227,8 @@ def _mesh(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Program:
-    """`decode`, and what it is called with, as shapes on a mesh."""
+class _Programs:
+    """`prefill` and `decode`, and what they are called with, as shapes on a mesh."""
 
     sharded: ShardedLlama
     decoder: Decoder
@@ -228,7 +245,7 @@ class _Program:
         length: int,
         weights: str,
         cache: str,
-    ) -> "_Program":
+    ) -> "_Programs":
         """That of a plan; the arguments are the plan's."""
         sharded = build(config, mesh, decoding_rules(), dtype=_DTYPE, remat="none")
         decoder = engine.decoder(sharded)
@@ -245,37 +262,49 @@ class _Program:
             ),
         )
 
-    def lower(self) -> jax.stages.Lowered:
+    def lower_prefill(self, chunk: int) -> jax.stages.Lowered:
+        """For the devices of the mesh; so many tokens of every prompt."""
+        with jax.set_mesh(self.sharded.mesh):
+            return prefill.lower(
+                self.decoder, self.weights, self._state(), self._whole(), num_new=chunk
+            )
+
+    def lower_decode(self) -> jax.stages.Lowered:
         """For the devices of the mesh."""
-        batch, _, length, _ = self.cache[0].keys.shape
-        whole = self.sharded.sharding()
-
-        def array(*shape: int, dtype: Any = jnp.int32) -> Any:
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
-
         choice = Choice(
             rule=Rule.of(Greedy()),
             num_pieces=self.sharded.config.vocab_size,
-            ends=array(_NUM_ENDS),
+            ends=self._whole(_NUM_ENDS),
         )
+        state = self._state()
+        with jax.set_mesh(self.sharded.mesh):
+            return decode.lower(
+                self.decoder,
+                self.weights,
+                state,
+                choice,
+                self._whole(),
+                self._whole(*state.done.shape, dtype=jnp.bool_),
+            )
+
+    def _state(self) -> DecodeState:
+        batch, _, length, _ = self.cache[0].keys.shape
         with jax.set_mesh(self.sharded.mesh):
             state: DecodeState = jax.eval_shape(
                 functools.partial(begin, self.decoder),
                 self.cache,
-                array(batch, length),
-                array(batch),
-                array(batch),
-                array(batch, 2, dtype=jnp.uint32),
+                self._whole(batch, length),
+                self._whole(batch),
+                self._whole(batch),
+                self._whole(batch, 2, dtype=jnp.uint32),
             )
-            state = jax.tree.map(lambda leaf: _placed(leaf, whole), state)
-            return decode.lower(
-                self.decoder,
-                self.weights,
-                dataclasses.replace(state, cache=self.cache),
-                choice,
-                array(),
-                array(batch, dtype=jnp.bool_),
-            )
+        whole = self.sharded.sharding()
+        state = jax.tree.map(lambda leaf: _placed(leaf, whole), state)
+        return dataclasses.replace(state, cache=self.cache)
+
+    def _whole(self, *shape: int, dtype: Any = jnp.int32) -> Any:
+        """An array that every device has."""
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=self.sharded.sharding())
 
 
 def _placed(leaf: Any, where: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
@@ -288,7 +317,7 @@ def _shape_on_chip(leaf: Any) -> tuple[int, ...]:
 
 def _compiled(held: DecodePlan) -> DecodePlan:
     mesh = make_mesh(held.mesh, tpu.devices(held.topology))
-    program = _Program.of(
+    programs = _Programs.of(
         held.config,
         mesh,
         batch=held.batch,
@@ -296,22 +325,25 @@ def _compiled(held: DecodePlan) -> DecodePlan:
         weights=held.weights,
         cache=held.cache,
     )
-    compiled = compile_for(held.topology, program.lower())
-    if not compiled.text:
-        return dataclasses.replace(held, hbm_bytes=compiled.peak)
-    profile = predict(compiled.text, held.topology, Placement.of(mesh))
+    reading = compile_for(held.topology, programs.lower_prefill(held.chunk))
+    writing = compile_for(held.topology, programs.lower_decode())
+    plan = dataclasses.replace(held, hbm_bytes=max(reading.peak, writing.peak))
+    if not plan.fits:
+        return plan
+    read = predict(reading.text, held.topology, Placement.of(mesh))
+    written = predict(writing.text, held.topology, Placement.of(mesh))
     # One iteration of the outermost loop, the longest, writes one token to each row.
-    token = max(loop.seconds for loop in profile.loops)
-    keys = jax.tree.leaves(program.cache[0])[0]
+    token = max(loop.seconds for loop in written.loops)
+    keys = jax.tree.leaves(programs.cache[0])[0]
     return dataclasses.replace(
-        held,
-        hbm_bytes=compiled.peak,
+        plan,
         token_seconds=max(token, held.bound_seconds),
         copied_bytes=copied_bytes(
-            hlo.parse(compiled.text),
-            slots=_slots_read(program.decoder.least_slots, held.length),
+            hlo.parse(writing.text),
+            slots=_slots_read(programs.decoder.least_slots, held.length),
             width=math.prod(_shape_on_chip(keys)) // held.length,
         ),
+        chunk_seconds=read.step_seconds,
     )
 
 

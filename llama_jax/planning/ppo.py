@@ -70,10 +70,14 @@ class PpoPlan:
 
     @property
     def writing_seconds(self) -> float | None:
-        """Predicted, for the answers of an iteration, all as long as may be."""
-        ppo, token = self.recipe.ppo, self.writing.token_seconds
-        times = -(-ppo.prompts // ppo.decode_batch)
-        return token and token * ppo.max_new_tokens * times
+        """Predicted, to read prompts and write answers, all as long as may be."""
+        ppo, plan = self.recipe.ppo, self.writing
+        if plan.token_seconds is None or plan.chunk_seconds is None:
+            return None
+        room = self.recipe.data.sequence_length - ppo.max_new_tokens
+        chunks, times = -(-room // plan.chunk), -(-ppo.prompts // ppo.decode_batch)
+        seconds = chunks * plan.chunk_seconds + ppo.max_new_tokens * plan.token_seconds
+        return times * seconds
 
     @property
     def reading_seconds(self) -> float | None:

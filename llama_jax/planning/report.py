@@ -397,11 +397,12 @@ class PpoReport:
             ppo = plan.recipe.ppo
             yield (
                 f"Predicted, of an iteration: {plan.writing_seconds:.0f} s for "
-                f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens, "
+                f"{ppo.prompts} answers of {ppo.max_new_tokens:,} tokens to prompts as "
+                "long as may be, "
                 f"{plan.reading_seconds:.0f} s for reading them, and for "
                 f"{plan.recipe.iteration_steps} steps {plan.policy_seconds:.0f} s of "
-                f"the policy and {plan.critic_seconds:.0f} s of the critic. To it come "
-                "the prompts, and the copy of the weights."
+                f"the policy and {plan.critic_seconds:.0f} s of the critic. To it "
+                "comes the copy of the weights."
             )
 
 
@@ -490,11 +491,15 @@ class DecodeReport:
             memory.add_row(kind, f"{size / GIB:.2f}", f"{size / limit:.1%}")
         yield memory
         times = table("Predicted time of a token of each row", "", "ms", "tokens/s")
-        rows = {"bound by HBM (closed form)": plan.bound_seconds}
+        rows = {"bound by HBM (closed form)": (plan.bound_seconds, 1)}
         if plan.token_seconds is not None:
-            rows["the compiled loop"] = plan.token_seconds
-        for what, seconds in rows.items():
-            times.add_row(what, f"{1e3 * seconds:.2f}", f"{plan.batch / seconds:,.0f}")
+            rows["the compiled loop"] = (plan.token_seconds, 1)
+        if plan.chunk_seconds is not None:
+            what = f"of its prompt, {plan.chunk} read at a time"
+            rows[what] = (plan.chunk_seconds, plan.chunk)
+        for what, (seconds, tokens) in rows.items():
+            each, speed = 1e3 * seconds / tokens, plan.batch * tokens / seconds
+            times.add_row(what, f"{each:.2f}", f"{speed:,.0f}")
         yield times
         yield decode_verdict(plan)
 
@@ -536,6 +541,7 @@ def decode_to_json(plan: DecodePlan) -> dict[str, Any]:
         "length": plan.length,
         "weights": plan.weights,
         "cache": plan.cache,
+        "chunk": plan.chunk,
         "fits": plan.fits,
         "weight_bytes": plan.weight_bytes,
         "read_bytes": plan.read_bytes,
@@ -545,5 +551,6 @@ def decode_to_json(plan: DecodePlan) -> dict[str, Any]:
         "predicted": {
             "token_seconds": plan.token_seconds,
             "bound_seconds": plan.bound_seconds,
+            "chunk_seconds": plan.chunk_seconds,
         },
     }

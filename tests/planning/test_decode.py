@@ -76,6 +76,16 @@ def test_the_report_names_types_and_what_is_closed_form(without_compiler):
     figures = report.decode_to_json(plan)
     assert (figures["weights"], figures["cache"]) == ("int8", "bfloat16")
     assert figures["predicted"]["token_seconds"] is None
+    assert figures["predicted"]["chunk_seconds"] is None
+    assert figures["chunk"] == 512
+    read = dataclasses.replace(plan, chunk_seconds=0.4)  # 8 rows of 512 tokens
+    assert "of its prompt, 512 read at a time  0.78    10,240" in text(
+        report.DecodeReport(read)
+    )
+
+
+def test_a_short_cache_is_read_at_once(without_compiler):
+    assert plan_decode(LARGE, parse("v5p-8"), batch=8, length=100).chunk == 100
 
 
 def test_the_command(without_compiler, capsys):
@@ -228,13 +238,17 @@ def test_70b_waits_for_memory(weights, most):
 
 @pytest.mark.plan
 @pytest.mark.parametrize(
-    ("model", "slice_", "most"),
-    [(LlamaConfig.llama2_7b(), "v5e:2x4", 1.5), (LARGE, "v5p:2x2x1", 2.0)],
+    ("model", "slice_", "most", "most_read"),
+    [(LlamaConfig.llama2_7b(), "v5e:2x4", 1.5, 4.0), (LARGE, "v5p:2x2x1", 2.0, 2.5)],
     ids=["7b", "70b"],
 )
-def test_chips_with_several_heads_wait_for_memory(model, slice_, most):
+def test_chips_with_several_heads_wait_for_memory(model, slice_, most, most_read):
     """Heads of a chip share the slots' layout; single queries are no slow products."""
     plan = plan_decode(model, parse(slice_), batch=8, length=4096)
     assert plan.fits
     assert plan.copied_bytes == 0
     assert plan.bound_seconds <= plan.token_seconds < most * plan.bound_seconds
+    # Reading 8 rows of 512 tokens waits for products, and sums over the chips.
+    chips = plan.topology.num_chips * plan.topology.chip.peak_flops
+    least = 2 * num_matmul_params(model) * 8 * 512 / chips
+    assert least < plan.chunk_seconds < most_read * least

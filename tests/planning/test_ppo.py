@@ -89,6 +89,15 @@ def test_writing_comes_to_all_that_stays():
     assert plan.writing.cache_bytes == cache
 
 
+def test_time_to_read_prompts_and_answer_them():
+    """1,024 tokens of each, in chunks of 512; 512 prompts, 256 at a time."""
+    plan = planned(LARGEST, decode_batch=256)
+    assert plan.writing_seconds is None
+    writing = dataclasses.replace(plan.writing, chunk_seconds=3.0, token_seconds=0.01)
+    plan = dataclasses.replace(plan, writing=writing)
+    assert plan.writing_seconds == pytest.approx(2 * (2 * 3.0 + 1024 * 0.01))
+
+
 def test_more_than_a_chip_holds():
     crowded = planned(LARGEST, decode_tensor=2, decode_batch=512)
     assert crowded.learning.fits and not crowded.fits
