@@ -18,7 +18,7 @@ import numpy as np
 
 from llama_jax.build import ShardedLlama, build
 from llama_jax.config import LlamaConfig
-from llama_jax.config.sampling import Greedy
+from llama_jax.config.sampling import Greedy, Sampler
 from llama_jax.errors import PlanError
 from llama_jax.generate import engine
 from llama_jax.generate.decode import (
@@ -29,7 +29,7 @@ from llama_jax.generate.decode import (
     decode,
     prefill,
 )
-from llama_jax.generate.rows import chunk_sizes
+from llama_jax.generate.rows import chunk_sizes, num_rows_for
 from llama_jax.generate.sample import Rule
 from llama_jax.generate.weights import abstract_weights
 from llama_jax.model.cache import CACHE_AXES
@@ -42,7 +42,6 @@ from llama_jax.planning.schedule import Placement, predict
 from llama_jax.planning.topology import Topology
 from sharding import MeshConfig, abstract_mesh, decoding_rules, make_mesh
 
-_DTYPE = jnp.dtype("bfloat16")
 # Tokens that may end a row: as many as `generate` compiles for.
 _NUM_ENDS = 8
 
@@ -58,25 +57,28 @@ class DecodePlan:
       config: the model.
       topology: the slice.
       mesh: the devices per axis.
-      batch: rows.
+      batch: rows; programs and cache are of as many or some more, see `num_rows_for`.
       length: slots of the cache for each row.
-      weights: the type that matrices are kept in, bfloat16 or int8.
+      dtype: of the arithmetic.
+      sampler: how tokens are chosen.
+      weights: the type that matrices are kept in, `dtype` or int8.
       cache: likewise, of keys and values.
       weight_bytes: of weights, that a chip holds.
       read_bytes: of those, that it reads for every token: all but the embedding table,
         of which a token needs a row.
       cache_bytes: of keys and values, that it holds and reads, with their scales.
       chunk: tokens of each prompt that are read at a time, at the most.
-      hbm_bytes: at the fullest moment of both programs, the compiler's; None without
-        libtpu.
+      chunk_bytes: at the fullest moment of reading a chunk, the compiler's; None
+        without libtpu.
+      chunk_seconds: predicted, to read a chunk of each prompt with one block of slots
+        before it; None without libtpu, or where either program does not fit.
+      loop_bytes: as `chunk_bytes`, of the loop that writes.
       token_seconds: predicted, of the compiled loop, the whole cache being in use; None
         without libtpu. What is fetched ahead and what is read on the spot come through
         the same memory, but the schedule gives each the memory's whole speed: so where
         it promises less than `bound_seconds`, this is the bound.
       copied_bytes: of the cache, that the compiled loop copies at every token; None
         without libtpu.
-      chunk_seconds: predicted, to read a chunk of each prompt with one block of slots
-        before it; None without libtpu.
     """
 
     config: LlamaConfig
@@ -84,16 +86,24 @@ class DecodePlan:
     mesh: MeshConfig
     batch: int
     length: int
+    dtype: str
+    sampler: Sampler
     weights: str
     cache: str
     weight_bytes: int
     read_bytes: int
     cache_bytes: int
     chunk: int
-    hbm_bytes: int | None
-    token_seconds: float | None
-    copied_bytes: int | None
-    chunk_seconds: float | None
+    chunk_bytes: int | None = None
+    chunk_seconds: float | None = None
+    loop_bytes: int | None = None
+    token_seconds: float | None = None
+    copied_bytes: int | None = None
+
+    @property
+    def hbm_bytes(self) -> int | None:
+        """At the fullest moment of both programs; None without libtpu."""
+        return max(self.chunk_bytes or 0, self.loop_bytes or 0) or None
 
     @property
     def bound_seconds(self) -> float:
@@ -121,8 +131,10 @@ def plan_decode(
     tensor: int | None = None,
     weights: Kept = None,
     cache: Kept = None,
+    dtype: str = "bfloat16",
+    sampler: Sampler = Greedy(),  # noqa: B008, it is frozen
 ) -> DecodePlan:
-    """Plan writing with a model: `bound_decode`, and what the compiler makes of it."""
+    """Plan a model's use: `bound_decode`, and what the compiler makes of it."""
     held = bound_decode(
         config,
         topology,
@@ -131,6 +143,8 @@ def plan_decode(
         tensor=tensor,
         weights=weights,
         cache=cache,
+        dtype=dtype,
+        sampler=sampler,
     )
     return _compiled(held) if has_compiler() and held.fits else held
 
@@ -144,8 +158,10 @@ def bound_decode(
     tensor: int | None = None,
     weights: Kept = None,
     cache: Kept = None,
+    dtype: str = "bfloat16",
+    sampler: Sampler = Greedy(),  # noqa: B008, it is frozen
 ) -> DecodePlan:
-    """Plan writing with a model by arithmetic alone.
+    """Plan a model's use by arithmetic alone.
 
     Args:
       config: the model.
@@ -156,6 +172,8 @@ def bound_decode(
         batch allow. The others hold copies, for other rows.
       weights: how matrices are kept, as `llama_jax.load` takes it.
       cache: how keys and values are kept, likewise.
+      dtype: of the arithmetic, and of what is not kept otherwise.
+      sampler: how tokens are chosen.
 
     Raises:
       PlanError: no rows, chips that do not divide so, or a cache of no slots or of
@@ -170,7 +188,7 @@ def bound_decode(
             f"tokens, so give 1 to {config.max_length}."
         )
     mesh = _mesh(config, topology, batch, tensor)
-    kept = {"weights": weights or _DTYPE.name, "cache": cache or _DTYPE.name}
+    kept = {"dtype": dtype, "weights": weights or dtype, "cache": cache or dtype}
     # One device stands for every chip: shapes are all that is asked for.
     sizes = abstract_mesh(mesh, topology.num_chips)
     programs = _Programs.of(
@@ -192,14 +210,11 @@ def bound_decode(
         batch=batch,
         length=length,
         **kept,
+        sampler=sampler,
         weight_bytes=held,
         read_bytes=held - bytes_per_chip(programs.weights.embed),
         cache_bytes=bytes_per_chip(programs.cache),
         chunk=chunk_sizes(length)[-1],
-        hbm_bytes=None,
-        token_seconds=None,
-        copied_bytes=None,
-        chunk_seconds=None,
     )
 
 
@@ -209,20 +224,24 @@ def _mesh(
     """Chips that share layers; the rest divides the rows."""
     chips = topology.num_chips // topology.slices
 
-    def shares(size: int) -> bool:
-        by_model = config.num_heads, config.hidden_dim, config.vocab_size
-        fit = all(number % size == 0 for number in by_model)
-        return fit and chips % size == 0 and batch * size % topology.num_chips == 0
-
-    sizes = [size for size in range(1, chips + 1) if shares(size)]
-    if not sizes or tensor not in (None, *sizes):
+    divided = (chips, config.num_heads, config.hidden_dim, config.vocab_size)
+    sizes = [
+        size
+        for size in range(1, chips + 1)
+        if all(number % size == 0 for number in divided)
+    ]
+    if tensor not in (None, *sizes):
         raise PlanError(
-            f"{chips} chips with {'no' if tensor is None else tensor} "
-            f"{'number' if tensor is None else 'chips'} to share a layer do not divide "
-            f"{batch} rows and the model: "
-            + (f"share by one of {sizes}." if sizes else "give more rows.")
+            f"{chips} chips, {tensor} of which share a layer, do not divide the model: "
+            f"share by one of {sizes}."
         )
-    size = sizes[-1] if tensor is None else tensor
+    filled = [size for size in sizes if batch * size % topology.num_chips == 0]
+    if tensor is None and not filled:
+        raise PlanError(
+            f"{batch} rows do not divide over {topology.num_chips} chips, however many "
+            "of these share a layer: give more rows, or say how many share (--tensor)."
+        )
+    size = filled[-1] if tensor is None else tensor
     return MeshConfig(data=chips // size, fsdp=1, tensor=size, dcn_data=topology.slices)
 
 
@@ -243,19 +262,21 @@ class _Programs:
         *,
         batch: int,
         length: int,
+        dtype: str,
         weights: str,
         cache: str,
     ) -> "_Programs":
-        """That of a plan; the arguments are the plan's."""
-        sharded = build(config, mesh, decoding_rules(), dtype=_DTYPE, remat="none")
+        """Those of a plan; the arguments are the plan's."""
+        sharded = build(config, mesh, decoding_rules(), dtype=dtype, remat="none")
         decoder = engine.decoder(sharded)
+        rows = num_rows_for(sharded, batch)
         empty = jax.eval_shape(
-            lambda: decoder.empty_cache(batch, length, jnp.dtype(cache))
+            lambda: decoder.empty_cache(rows, length, jnp.dtype(cache))
         )
         return cls(
             sharded=sharded,
             decoder=decoder,
-            weights=abstract_weights(sharded, _DTYPE, int8=weights == "int8"),
+            weights=abstract_weights(sharded, jnp.dtype(dtype), int8=weights == "int8"),
             cache=jax.tree.map(
                 lambda leaf: _placed(leaf, sharded.sharding(*CACHE_AXES[: leaf.ndim])),
                 empty,
@@ -269,10 +290,10 @@ class _Programs:
                 self.decoder, self.weights, self._state(), self._whole(), num_new=chunk
             )
 
-    def lower_decode(self) -> jax.stages.Lowered:
+    def lower_decode(self, sampler: Sampler) -> jax.stages.Lowered:
         """For the devices of the mesh."""
         choice = Choice(
-            rule=Rule.of(Greedy()),
+            rule=Rule.of(sampler),
             num_pieces=self.sharded.config.vocab_size,
             ends=self._whole(_NUM_ENDS),
         )
@@ -322,13 +343,14 @@ def _compiled(held: DecodePlan) -> DecodePlan:
         mesh,
         batch=held.batch,
         length=held.length,
+        dtype=held.dtype,
         weights=held.weights,
         cache=held.cache,
     )
     reading = compile_for(held.topology, programs.lower_prefill(held.chunk))
-    writing = compile_for(held.topology, programs.lower_decode())
-    plan = dataclasses.replace(held, hbm_bytes=max(reading.peak, writing.peak))
-    if not plan.fits:
+    writing = compile_for(held.topology, programs.lower_decode(held.sampler))
+    plan = dataclasses.replace(held, chunk_bytes=reading.peak, loop_bytes=writing.peak)
+    if not (reading.text and writing.text):
         return plan
     read = predict(reading.text, held.topology, Placement.of(mesh))
     written = predict(writing.text, held.topology, Placement.of(mesh))
@@ -337,13 +359,13 @@ def _compiled(held: DecodePlan) -> DecodePlan:
     keys = jax.tree.leaves(programs.cache[0])[0]
     return dataclasses.replace(
         plan,
+        chunk_seconds=read.step_seconds,
         token_seconds=max(token, held.bound_seconds),
         copied_bytes=copied_bytes(
             hlo.parse(writing.text),
             slots=_slots_read(programs.decoder.least_slots, held.length),
             width=math.prod(_shape_on_chip(keys)) // held.length,
         ),
-        chunk_seconds=read.step_seconds,
     )
 
 

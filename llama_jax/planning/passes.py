@@ -32,8 +32,8 @@ class PassPlan:
     """A pass over all answers of an iteration, all as long as may be.
 
     Attributes:
-      what: is read off or learnt, and by whom.
-      working_bytes: of a chip at the fullest moment, beside all models.
+      what: is done, and by which model.
+      working_bytes: of a chip at the fullest moment, beside all models and optimizers.
       seconds: predicted; None where there is no program, as it does not fit.
     """
 
@@ -125,7 +125,7 @@ def passes(recipe: PpoRecipe, mesh: jax.sharding.Mesh) -> Passes:
 
 
 def plan_passes(recipe: PpoRecipe, topology: Topology) -> tuple[PassPlan, ...]:
-    """Compile what goes over answers beside the policy's steps, in the order of these.
+    """Compile what goes over answers beside the policy's steps, as `Passes` has it.
 
     Args:
       recipe: whose mesh has as many devices as the topology has chips.

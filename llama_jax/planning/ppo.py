@@ -9,6 +9,8 @@ all stays but that copy.
 import dataclasses
 
 from llama_jax.config.recipe import PpoRecipe
+from llama_jax.config.sampling import TopP
+from llama_jax.generate.rows import chunks
 from llama_jax.planning.decode import DecodePlan, bound_decode, plan_decode
 from llama_jax.planning.estimate import beside_bytes
 from llama_jax.planning.passes import PassPlan, plan_passes
@@ -22,7 +24,7 @@ class PpoPlan:
     Attributes:
       learning: of the policy's step, with the other models beside it.
       critic: of the critic's steps; None where nothing is compiled.
-      writing: of the answers, by the copy for decoding alone.
+      writing: of prompts that are read and answered, by the copy for decoding alone.
       reading: of the answers, by each that reads them; empty where nothing is compiled.
     """
 
@@ -46,7 +48,7 @@ class PpoPlan:
 
     @property
     def writing_bytes(self) -> int:
-        """Bytes per chip while answers are written."""
+        """Bytes per chip while prompts are read and answered."""
         return self.kept_bytes + self.writing.held_bytes
 
     @property
@@ -70,14 +72,17 @@ class PpoPlan:
 
     @property
     def writing_seconds(self) -> float | None:
-        """Predicted, to read prompts and write answers, all as long as may be."""
+        """Predicted, to read prompts and write answers, all as long as may be.
+
+        Chunks of prompts are taken to have one block of slots before them, each.
+        """
         ppo, plan = self.recipe.ppo, self.writing
         if plan.token_seconds is None or plan.chunk_seconds is None:
             return None
         room = self.recipe.data.sequence_length - ppo.max_new_tokens
-        chunks, times = -(-room // plan.chunk), -(-ppo.prompts // ppo.decode_batch)
-        seconds = chunks * plan.chunk_seconds + ppo.max_new_tokens * plan.token_seconds
-        return times * seconds
+        read = sum(size for _, size in chunks(0, room, plan.length)) / plan.chunk
+        seconds = read * plan.chunk_seconds + ppo.max_new_tokens * plan.token_seconds
+        return -(-ppo.prompts // ppo.decode_batch) * seconds
 
     @property
     def reading_seconds(self) -> float | None:
@@ -109,8 +114,7 @@ def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
       compiles: whether what writes, what reads and the critic's step are, too.
 
     Raises:
-      PlanError: the chips do not divide as `ppo.decode_tensor` and `ppo.decode_batch`
-        say.
+      PlanError: the chips do not divide as `ppo.decode_tensor` says.
       ShardingError: they do not divide the model.
     """
     recipe = learning.recipe
@@ -122,8 +126,10 @@ def plan_ppo(learning: Plan, *, compiles: bool) -> PpoPlan:
         batch=recipe.ppo.decode_batch,
         length=recipe.data.sequence_length,
         tensor=recipe.ppo.decode_tensor,
+        dtype=recipe.train.compute_dtype,
+        sampler=TopP(1.0, temperature=recipe.ppo.temperature),
     )
-    if not compiles:
+    if not (compiles and learning.fits):
         return PpoPlan(learning=learning, critic=None, writing=writing, reading=())
     *reading, critic = plan_passes(recipe, learning.topology)
     return PpoPlan(

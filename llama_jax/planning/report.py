@@ -402,12 +402,12 @@ class PpoReport:
                 f"{plan.reading_seconds:.0f} s for reading them, and for "
                 f"{plan.recipe.iteration_steps} steps {plan.policy_seconds:.0f} s of "
                 f"the policy and {plan.critic_seconds:.0f} s of the critic. To it "
-                "comes the copy of the weights."
+                "come the copy of the weights, and what is measured."
             )
 
 
 def _passes(*passes: PassPlan) -> Table:
-    rows = table("Passes over all answers", "", "GiB beside models", "predicted s")
+    rows = table("Passes over all answers", "", "GiB beside all kept", "predicted s")
     for each in passes:
         seconds = "-" if each.seconds is None else f"{each.seconds:.1f}"
         rows.add_row(each.what, f"{each.working_bytes / GIB:.2f}", seconds)
@@ -415,21 +415,21 @@ def _passes(*passes: PassPlan) -> Table:
 
 
 def ppo_verdict(plan: PpoPlan) -> str:
-    """Whether a chip holds all models while answers come, and by how much."""
+    """Whether a chip holds all models in each of its works, and by how much."""
     limit = plan.learning.hbm_limit
 
     def verdict(doing: str, needed: int) -> str:
         does = "fits" if needed <= limit else "does not fit"
         return f"{doing} {does}: {needed / GIB:.2f} of {limit / GIB:.2f} GiB."
 
-    said = [verdict("Beside all else that a chip holds, writing", plan.writing_bytes)]
+    said = [verdict("Beside all else that a chip holds, answering", plan.writing_bytes)]
     if plan.writing_bytes > limit:
         said.append(
             "Let more chips share the copy (--ppo.decode-tensor), or fewer prompts be "
             "answered at a time (--ppo.decode-batch)."
         )
     if plan.reading_bytes is not None:
-        said.append(verdict("Reading", plan.reading_bytes))
+        said.append(verdict("Reading the answers", plan.reading_bytes))
         if plan.reading_bytes > limit:
             said.append(
                 "Let rows be shorter (--data.sequence-length), or take a larger slice."
@@ -438,8 +438,7 @@ def ppo_verdict(plan: PpoPlan) -> str:
         said.append(verdict("A step of the critic", plan.critic_bytes))
         if plan.critic_bytes > limit:
             said.append(
-                "Let batches be in more parts (--train.accumulate), or take a larger "
-                "slice."
+                "Save less of each layer (--train.remat), or take a larger slice."
             )
     return " ".join(said)
 
@@ -485,8 +484,9 @@ class DecodeReport:
             f"weights, {plan.weights}": plan.weight_bytes,
             f"cache, {plan.cache}": plan.cache_bytes,
         }
-        if plan.hbm_bytes is not None:
-            held["at the fullest moment (the compiler's)"] = plan.hbm_bytes
+        if plan.chunk_bytes is not None and plan.loop_bytes is not None:
+            held["at most, reading prompts (the compiler's)"] = plan.chunk_bytes
+            held["at most, writing (the compiler's)"] = plan.loop_bytes
         for kind, size in held.items():
             memory.add_row(kind, f"{size / GIB:.2f}", f"{size / limit:.1%}")
         yield memory
@@ -547,6 +547,8 @@ def decode_to_json(plan: DecodePlan) -> dict[str, Any]:
         "read_bytes": plan.read_bytes,
         "cache_bytes": plan.cache_bytes,
         "hbm_bytes": plan.hbm_bytes,
+        "chunk_bytes": plan.chunk_bytes,
+        "loop_bytes": plan.loop_bytes,
         "copied_bytes": plan.copied_bytes,
         "predicted": {
             "token_seconds": plan.token_seconds,

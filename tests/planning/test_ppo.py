@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 import jax
@@ -18,11 +19,12 @@ from llama_jax.planning.estimate import beside_bytes
 from llama_jax.planning.passes import PassPlan, passes
 from llama_jax.planning.plan import estimated, resolve
 from llama_jax.planning.ppo import PpoPlan, plan_ppo
-from llama_jax.planning.report import ppo_to_json, ppo_verdict
+from llama_jax.planning.report import PpoReport, ppo_to_json, ppo_verdict
 from sharding import MeshConfig, make_mesh, training_rules
 from tests import runs
 from tests.architecture.tree import ROOT
 from tests.planning.recipes import POWER
+from tests.planning.test_report import text
 
 CHAT = ROOT / "configs" / "chat"
 LARGEST = f"{CHAT}/llama2_70b.py:ppo"
@@ -80,7 +82,7 @@ def test_writing_comes_to_all_that_stays():
     copy = plan.writing.weight_bytes + plan.writing.cache_bytes
     assert plan.writing_bytes == stays + copy
     assert plan.fits
-    assert f"writing fits: {plan.writing_bytes / 2**30:.2f} of 95.73" in ppo_verdict(
+    assert f"answering fits: {plan.writing_bytes / 2**30:.2f} of 95.73" in ppo_verdict(
         plan
     )
     # 70B in bfloat16 over 8 chips; keys and values of 64 rows to each group of them.
@@ -120,7 +122,9 @@ class TestPasses:
         assert plan.reading_bytes == plan.kept_bytes + 3 * 2**30
         assert plan.reading_seconds == 29
         assert plan.fits
-        said = f"Reading fits: {plan.reading_bytes / 2**30:.2f} of 95.73 GiB."
+        said = (
+            f"Reading the answers fits: {plan.reading_bytes / 2**30:.2f} of 95.73 GiB."
+        )
         assert said in ppo_verdict(plan)
         told = ppo_to_json(plan)
         assert told["reading_bytes"] == plan.reading_bytes
@@ -132,7 +136,7 @@ class TestPasses:
         plan = dataclasses.replace(planned(LARGEST), reading=(*READINGS, refused))
         assert plan.learning.fits and not plan.fits
         assert plan.reading_seconds is None
-        assert "Reading does not fit" in ppo_verdict(plan)
+        assert "Reading the answers does not fit" in ppo_verdict(plan)
         assert "--data.sequence-length" in ppo_verdict(plan)
 
     def test_a_critic_that_is_more_than_a_chip_holds(self):
@@ -151,7 +155,7 @@ class TestPasses:
         plan = dataclasses.replace(plan, critic=crowded)
         assert plan.learning.fits and not plan.fits
         assert "A step of the critic does not fit" in ppo_verdict(plan)
-        assert "--train.accumulate" in ppo_verdict(plan)
+        assert "--train.remat" in ppo_verdict(plan)
 
     def test_what_passes_take_is_what_programs_take(self):
         """Compiled here for CPUs: all that is kept and read, laid out as it says."""
@@ -183,11 +187,32 @@ class TestPasses:
         assert scores.calls == 4  # two by each reward model
 
 
-def test_the_command(capsys):
+def test_the_report_adds_up_an_iteration():
+    plan = planned(LARGEST)
+    assert "of an iteration" not in text(PpoReport(plan))
+    plan = dataclasses.replace(
+        plan,
+        learning=dataclasses.replace(plan.learning, seconds={"matmul": 2.0}),
+        critic=PassPlan(what="the critic's steps", working_bytes=2**30, seconds=15.5),
+        writing=dataclasses.replace(
+            plan.writing, chunk_seconds=3.0, token_seconds=0.01
+        ),
+        reading=READINGS,
+    )
+    said = " ".join(text(PpoReport(plan)).split())
+    assert re.search(r"log-probabilities +3.00 +12.0", said)
+    assert re.search(r"the critic's steps +1.00 +15.5", said)
+    assert (
+        "16 s for 512 answers of 1,024 tokens to prompts as long as may be, 29 s for "
+        "reading them, and for 8 steps 16 s of the policy and 16 s of the critic."
+    ) in said
+
+
+def test_the_command(without_compiler, capsys):
     assert main(["plan", LARGEST]) == 0
     said = capsys.readouterr().out
     assert "critic and its optimizer" in said
-    assert "Beside all else that a chip holds, writing fits" in said
+    assert "Beside all else that a chip holds, answering fits" in said
     assert main(["plan", LARGEST, "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["writing"]["batch"] == 512
