@@ -42,6 +42,7 @@ from llama_jax.planning.schedule import Placement, predict
 from llama_jax.planning.topology import Topology
 from sharding import MeshConfig, abstract_mesh, decoding_rules, make_mesh
 
+_GREEDY = Greedy()
 # Tokens that may end a row: as many as `generate` compiles for.
 _NUM_ENDS = 8
 
@@ -132,7 +133,7 @@ def plan_decode(
     weights: Kept = None,
     cache: Kept = None,
     dtype: str = "bfloat16",
-    sampler: Sampler = Greedy(),  # noqa: B008, it is frozen
+    sampler: Sampler = _GREEDY,
 ) -> DecodePlan:
     """Plan a model's use: `bound_decode`, and what the compiler makes of it."""
     held = bound_decode(
@@ -159,7 +160,7 @@ def bound_decode(
     weights: Kept = None,
     cache: Kept = None,
     dtype: str = "bfloat16",
-    sampler: Sampler = Greedy(),  # noqa: B008, it is frozen
+    sampler: Sampler = _GREEDY,
 ) -> DecodePlan:
     """Plan a model's use by arithmetic alone.
 
